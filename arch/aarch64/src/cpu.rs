@@ -1,0 +1,15 @@
+//! What the processor has, as far as the state of a task depends on it.
+
+/// The component that every task of this architecture has.
+pub(crate) const FPSIMD: u64 = 1;
+
+/// The components of vector state that Torpor carries: FP and SIMD, which Linux takes for granted.
+pub fn xstate_features() -> u64 {
+    FPSIMD
+}
+
+/// Names of the components in `mask`, for messages.
+pub fn component_names(mask: u64) -> impl Iterator<Item = &'static str> {
+    const NAMES: [&str; 1] = ["FP and SIMD"];
+    NAMES.iter().enumerate().filter(move |(i, _)| mask & (1 << i) != 0).map(|(_, name)| *name)
+}

@@ -1,0 +1,149 @@
+//! What all collectors share: the objects found so far, and what cannot be dumped.
+//!
+//! The same collectors serve twice: on the running process, to refuse by name before anything is stopped
+//! (`survey`), and on the frozen one for the image. A collector that meets something it cannot keep
+//! calls [`Collector::refuse`] and goes on, so that one run names everything.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+
+use torpor_image::description::Objects;
+use torpor_image::extent::Extents;
+use torpor_image::inode::{Inode, Source};
+use torpor_image::pipe::Pipe;
+use torpor_image::{Bytes, InodeId, PipeId};
+use torpor_kernel::fds;
+use torpor_kernel::ids::Pid;
+use torpor_kernel::sock_diag::{InetSocket, UnixSocket};
+
+use crate::error::{Error, Refusal, Result};
+
+/// Where the bytes of an inode that goes into the image come from.
+#[derive(Debug)]
+pub(crate) enum Content {
+    /// A descriptor of ours, open for reading.
+    File(OwnedFd),
+    /// The memory of the process: `(address, offset in the inode, length)`.
+    Mapped(Vec<(u64, u64, u64)>),
+}
+
+/// The state of a collection.
+#[derive(Debug)]
+pub(crate) struct Collector {
+    pub(crate) pid: Pid,
+    pub(crate) pidfd: OwnedFd,
+    pub(crate) objects: Objects,
+    pub(crate) refusals: Vec<Refusal>,
+    pub(crate) losses: Vec<String>,
+    pub(crate) contents: Vec<(InodeId, Content)>,
+    inodes: HashMap<(u64, u64), InodeId>,
+    pipes: HashMap<(u64, u64), PipeId>,
+    unix: Option<HashMap<u32, UnixSocket>>,
+    inet: Option<HashMap<u32, InetSocket>>,
+}
+
+impl Collector {
+    pub(crate) fn new(pid: Pid) -> Result<Self> {
+        let pidfd = fds::pidfd_open(pid).map_err(|e| match e {
+            e if e.is_gone() => Error::NoProcess(pid),
+            e => Error::kernel(pid, "opening it")(e),
+        })?;
+        Ok(Collector {
+            pid,
+            pidfd,
+            objects: Objects::default(),
+            refusals: Vec::new(),
+            losses: Vec::new(),
+            contents: Vec::new(),
+            inodes: HashMap::new(),
+            pipes: HashMap::new(),
+            unix: None,
+            inet: None,
+        })
+    }
+
+    /// Notes something that a dump would lose.
+    pub(crate) fn refuse(&mut self, object: impl Into<String>, why: impl Into<String>, remedy: &str) {
+        self.refusals.push(Refusal { object: object.into(), why: why.into(), remedy: remedy.into() });
+    }
+
+    /// The number of an inode, if it was met before.
+    pub(crate) fn known_inode(&self, device: u64, number: u64) -> Option<InodeId> {
+        self.inodes.get(&(device, number)).copied()
+    }
+
+    /// Adds an inode that was not met before.
+    pub(crate) fn add_inode(&mut self, stat: &libc::stat, source: Source) -> InodeId {
+        let id = InodeId(self.objects.inodes.len() as u32);
+        self.inodes.insert((stat.st_dev, stat.st_ino), id);
+        self.objects.inodes.push(Inode {
+            id,
+            source,
+            device: stat.st_dev,
+            number: stat.st_ino,
+            mode: stat.st_mode,
+            uid: stat.st_uid,
+            gid: stat.st_gid,
+            size: stat.st_size as u64,
+            modified: stat.st_mtime * 1_000_000_000 + stat.st_mtime_nsec,
+        });
+        id
+    }
+
+    /// Sets where the contents of an inode lie.
+    pub(crate) fn set_extents(&mut self, id: InodeId, extents: Extents) {
+        match &mut self.objects.inodes[id.0 as usize].source {
+            Source::Deleted { content, .. }
+            | Source::Memfd { content, .. }
+            | Source::SharedMemory { content } => *content = extents,
+            Source::Path { .. } => {}
+        }
+    }
+
+    /// The number of a pipe, made by `make` when it is new. `key` is its device and inode number.
+    pub(crate) fn pipe(&mut self, key: (u64, u64), make: impl FnOnce(PipeId) -> Pipe) -> PipeId {
+        if let Some(id) = self.pipes.get(&key) {
+            return *id;
+        }
+        let id = PipeId(self.objects.pipes.len() as u32);
+        self.pipes.insert(key, id);
+        self.objects.pipes.push(make(id));
+        id
+    }
+
+    /// What the kernel says of a Unix socket.
+    pub(crate) fn unix_socket(&mut self, inode: u32) -> Result<Option<UnixSocket>> {
+        if self.unix.is_none() {
+            let all = torpor_kernel::sock_diag::unix_sockets()
+                .map_err(Error::kernel(self.pid, "listing unix sockets"))?;
+            self.unix = Some(all.into_iter().map(|s| (s.inode, s)).collect());
+        }
+        Ok(self.unix.as_ref().and_then(|all| all.get(&inode)).cloned())
+    }
+
+    /// The listening Unix socket that `client` is connected to without having been accepted.
+    pub(crate) fn unix_listener_of(&mut self, client: u32) -> Result<Option<UnixSocket>> {
+        self.unix_socket(client)?;
+        let all = self.unix.as_ref().map(HashMap::values).into_iter().flatten();
+        Ok(all.into_iter().find(|s| s.pending.contains(&client)).cloned())
+    }
+
+    /// What the kernel says of a TCP socket that listens or is connected.
+    pub(crate) fn inet_socket(&mut self, inode: u32) -> Result<Option<InetSocket>> {
+        if self.inet.is_none() {
+            let mut all = HashMap::new();
+            for family in [libc::AF_INET, libc::AF_INET6] {
+                let sockets = torpor_kernel::sock_diag::inet_sockets(family, libc::IPPROTO_TCP)
+                    .map_err(Error::kernel(self.pid, "listing tcp sockets"))?;
+                all.extend(sockets.into_iter().map(|s| (s.inode, s)));
+            }
+            self.inet = Some(all);
+        }
+        Ok(self.inet.as_ref().and_then(|all| all.get(&inode)).cloned())
+    }
+}
+
+/// stat(2) of a path that need not be UTF-8.
+pub(crate) fn stat_path(path: &Bytes) -> Option<libc::stat> {
+    nix::sys::stat::stat(path.path()).ok()
+}

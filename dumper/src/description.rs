@@ -1,0 +1,265 @@
+//! The descriptor table: which numbers share an open file description, and what each is open on.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::sys::stat::SFlag;
+use torpor_image::description::{Description, Kind, Owner};
+use torpor_image::lock::{Flock, PosixLock};
+use torpor_image::task::Descriptor;
+use torpor_image::{Bytes, DescriptionId};
+use torpor_kernel::fdinfo::{Detail, FdInfo, LockKind};
+use torpor_kernel::fds::{self, KcmpType};
+
+use crate::collect::Collector;
+use crate::error::{Error, Result};
+use crate::{epoll, eventfd, inet, inode, inotify, pipe, signalfd, terminal, timerfd, unix};
+
+/// fcntl commands libc has no names for (asm-generic/fcntl.h).
+const F_GETSIG: i32 = 11;
+const F_GETOWN_EX: i32 = 16;
+/// Bits of /proc/PID/fdinfo that belong to the descriptor or to the kernel, not to the status flags.
+const O_CLOEXEC: u32 = 0o2_000_000;
+
+/// One descriptor, as far as it is known before its kind is.
+pub(crate) struct Found {
+    pub(crate) fd: i32,
+    pub(crate) link: Vec<u8>,
+    pub(crate) stat: libc::stat,
+    pub(crate) info: FdInfo,
+}
+
+impl Found {
+    /// "fd 7 (pipe:[123])"
+    pub(crate) fn title(&self) -> String {
+        format!("fd {} ({})", self.fd, String::from_utf8_lossy(&self.link))
+    }
+
+    /// The file type bits.
+    pub(crate) fn file_type(&self) -> SFlag {
+        SFlag::from_bits_truncate(self.stat.st_mode) & SFlag::S_IFMT
+    }
+
+    /// A descriptor of ours for the same description.
+    pub(crate) fn get(&self, collector: &Collector) -> Result<OwnedFd> {
+        fds::getfd(collector.pidfd.as_fd(), self.fd)
+            .map_err(Error::kernel(collector.pid, format!("reaching {}", self.title())))
+    }
+}
+
+/// What a process has open.
+#[derive(Debug, Default)]
+pub(crate) struct Table {
+    pub(crate) descriptors: Vec<Descriptor>,
+    pub(crate) locks: Vec<PosixLock>,
+}
+
+/// Collects the descriptor table. On a running process a descriptor that vanishes is left out.
+pub(crate) fn collect(collector: &mut Collector) -> Result<Table> {
+    let pid = collector.pid;
+    let mut all = Vec::new();
+    for fd in fds::list(pid).map_err(Error::kernel(pid, "listing its descriptors"))? {
+        match look(collector, fd) {
+            Ok(found) => all.push(found),
+            Err(e) if e.is_gone() => {}
+            Err(e) => return Err(Error::kernel(pid, format!("reading fd {fd}"))(e)),
+        }
+    }
+    let owner = same_description(collector, &all)?;
+    let mut table = Table::default();
+    let mut ids: HashMap<usize, Option<DescriptionId>> = HashMap::new();
+    let mut sets = Vec::new();
+    for (i, found) in all.iter().enumerate() {
+        let first = owner[i];
+        let id = match ids.get(&first) {
+            Some(id) => *id,
+            None => {
+                let id = describe(collector, &all, &all[first])?;
+                if let (Some(id), Detail::Epoll(_)) = (id, &all[first].info.detail) {
+                    sets.push((id, first));
+                }
+                ids.insert(first, id);
+                id
+            }
+        };
+        if let Some(description) = id {
+            table.descriptors.push(Descriptor {
+                fd: found.fd,
+                description,
+                close_on_exec: found.info.cloexec(),
+            });
+        }
+    }
+    for (id, i) in sets {
+        let targets = epoll::targets(collector, &all[i], &table)?;
+        collector.objects.descriptions[id.0 as usize].kind = Kind::Epoll(targets);
+    }
+    table.locks = posix_locks(collector, &all, &table);
+    Ok(table)
+}
+
+fn look(collector: &Collector, fd: i32) -> torpor_kernel::Result<Found> {
+    let pid = collector.pid;
+    Ok(Found {
+        fd,
+        link: fds::readlink(pid, fd)?,
+        stat: fds::stat(pid, fd)?,
+        info: torpor_kernel::fdinfo::fdinfo(pid, fd)?,
+    })
+}
+
+/// For each descriptor the first one with the same description. Candidates have the same inode, flags and
+/// position; kcmp decides among them.
+fn same_description(collector: &Collector, all: &[Found]) -> Result<Vec<usize>> {
+    let mut buckets: HashMap<(u64, u64, u32, u64), Vec<usize>> = HashMap::new();
+    let mut owner = Vec::with_capacity(all.len());
+    for (i, found) in all.iter().enumerate() {
+        let key = (found.stat.st_dev, found.stat.st_ino, found.info.flags & !O_CLOEXEC, found.info.pos);
+        let bucket = buckets.entry(key).or_default();
+        let mut first = i;
+        for &other in bucket.iter() {
+            let (a, b) = (all[other].fd as u64, found.fd as u64);
+            match fds::kcmp(collector.pid, collector.pid, KcmpType::File, a, b) {
+                Ok(std::cmp::Ordering::Equal) => {
+                    first = other;
+                    break;
+                }
+                Ok(_) => {}
+                Err(e) if e.errno() == Some(nix::errno::Errno::EBADF) => {}
+                Err(e) => return Err(Error::kernel(collector.pid, "comparing descriptors")(e)),
+            }
+        }
+        if first == i {
+            bucket.push(i);
+        }
+        owner.push(first);
+    }
+    Ok(owner)
+}
+
+/// Makes the description behind `found`; `None` when it was refused.
+fn describe(collector: &mut Collector, all: &[Found], found: &Found) -> Result<Option<DescriptionId>> {
+    let Some(kind) = kind(collector, all, found)? else { return Ok(None) };
+    let id = DescriptionId(collector.objects.descriptions.len() as u32);
+    let flock = flock(collector, found);
+    let owner = if found.info.flags & libc::O_PATH as u32 == 0 { owner(collector, found)? } else { None };
+    collector.objects.descriptions.push(Description {
+        id,
+        flags: found.info.flags & !O_CLOEXEC,
+        position: found.info.pos,
+        owner,
+        flock,
+        kind,
+    });
+    Ok(Some(id))
+}
+
+fn kind(collector: &mut Collector, all: &[Found], found: &Found) -> Result<Option<Kind>> {
+    let unsupported = |collector: &mut Collector, what: &str| {
+        collector.refuse(found.title(), format!("{what} cannot be dumped"), "close it before the dump");
+        Ok(None)
+    };
+    if let Some(class) = found.link.strip_prefix(b"anon_inode:") {
+        return match &found.info.detail {
+            Detail::Eventfd { count, semaphore, .. } => eventfd::collect(collector, found, *count, *semaphore),
+            Detail::Timerfd(timer) => Ok(Some(timerfd::collect(timer))),
+            Detail::Signalfd { mask } => Ok(Some(signalfd::collect(*mask))),
+            Detail::Epoll(_) => Ok(Some(epoll::collect())),
+            Detail::Inotify(watches) => inotify::collect(collector, found, watches),
+            _ if class == b"inotify" => inotify::collect(collector, found, &[]),
+            _ if class == b"[eventpoll]" => Ok(Some(epoll::collect())),
+            _ => unsupported(collector, &format!("a descriptor of kind `{}`", String::from_utf8_lossy(class))),
+        };
+    }
+    match found.file_type() {
+        SFlag::S_IFSOCK if found.link.starts_with(b"socket:[") => socket(collector, found),
+        SFlag::S_IFIFO => pipe::collect(collector, all, found),
+        SFlag::S_IFCHR if terminal::is_terminal(found.stat.st_rdev) => terminal::collect(collector, found),
+        SFlag::S_IFREG | SFlag::S_IFDIR => inode::of_descriptor(collector, found),
+        SFlag::S_IFCHR if inode::is_plain_device(found.stat.st_rdev) => inode::of_descriptor(collector, found),
+        SFlag::S_IFCHR => unsupported(collector, "a character device other than null, zero, full and random"),
+        SFlag::S_IFBLK => unsupported(collector, "a block device"),
+        _ => unsupported(collector, "a descriptor of this kind"),
+    }
+}
+
+fn socket(collector: &mut Collector, found: &Found) -> Result<Option<Kind>> {
+    let fd = found.get(collector)?;
+    let option = |name| crate::socket::int_option(&fd, libc::SOL_SOCKET, name);
+    let (domain, kind, protocol) =
+        (option(libc::SO_DOMAIN), option(libc::SO_TYPE), option(libc::SO_PROTOCOL));
+    match (domain, kind, protocol) {
+        (Some(libc::AF_UNIX), ..) => unix::collect(collector, found, &fd),
+        (Some(family @ (libc::AF_INET | libc::AF_INET6)), Some(libc::SOCK_STREAM), Some(libc::IPPROTO_TCP)) => {
+            inet::collect(collector, found, &fd, family)
+        }
+        (domain, kind, protocol) => {
+            let what = crate::socket::name(domain, kind, protocol);
+            collector.refuse(found.title(), format!("{what} cannot be dumped yet"), "close it before the dump");
+            Ok(None)
+        }
+    }
+}
+
+fn flock(collector: &mut Collector, found: &Found) -> Option<Flock> {
+    let mut held = None;
+    for lock in &found.info.locks {
+        match lock.kind {
+            LockKind::Flock => held = Some(Flock::Whole { exclusive: lock.write }),
+            LockKind::Posix => {}
+            LockKind::Ofd => {
+                collector.refuse(found.title(), "an open-file-description lock cannot be dumped yet", "unlock it");
+            }
+            LockKind::Lease => {
+                collector.refuse(found.title(), "a lease cannot be dumped yet", "give it up (F_UNLCK)");
+            }
+        }
+    }
+    held
+}
+
+/// POSIX locks show in the fdinfo of every descriptor of the process on that file.
+fn posix_locks(collector: &Collector, all: &[Found], table: &Table) -> Vec<PosixLock> {
+    let mut locks: Vec<PosixLock> = Vec::new();
+    for found in all {
+        let Some(descriptor) = table.descriptors.iter().find(|d| d.fd == found.fd) else { continue };
+        let kind = &collector.objects.descriptions[descriptor.description.0 as usize].kind;
+        let inode = if let Kind::File(id) = kind { Some(*id) } else { None };
+        // A lock must be taken through a descriptor that is open for what it locks.
+        let mode = found.info.flags & libc::O_ACCMODE as u32;
+        for lock in found.info.locks.iter().filter(|l| l.kind == LockKind::Posix) {
+            let usable = mode == libc::O_RDWR as u32
+                || mode == if lock.write { libc::O_WRONLY as u32 } else { libc::O_RDONLY as u32 };
+            let known = locks.iter().any(|l| {
+                l.inode == inode && l.start == lock.start && l.end == lock.end && l.exclusive == lock.write
+            });
+            if usable && !known {
+                locks.push(PosixLock {
+                    fd: found.fd,
+                    inode,
+                    exclusive: lock.write,
+                    start: lock.start,
+                    end: lock.end,
+                });
+            }
+        }
+    }
+    locks
+}
+
+fn owner(collector: &Collector, found: &Found) -> Result<Option<Owner>> {
+    let fd = found.get(collector)?;
+    let mut owner = [0i32; 2];
+    // SAFETY: F_GETOWN_EX fills a `struct f_owner_ex`, two ints; F_GETSIG takes nothing.
+    let (got, signal) = unsafe {
+        (libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, owner.as_mut_ptr()), libc::fcntl(fd.as_raw_fd(), F_GETSIG))
+    };
+    let set = got == 0 && (owner[1] != 0 || signal > 0);
+    Ok(set.then_some(Owner { kind: owner[0], id: owner[1], signal: signal.max(0) }))
+}
+
+/// A path from a link of /proc, without the mark of a deleted file.
+pub(crate) fn without_deleted(link: &[u8]) -> Bytes {
+    link.strip_suffix(b" (deleted)").unwrap_or(link).into()
+}

@@ -1,0 +1,149 @@
+//! Why a dump did not happen.
+
+use std::fmt;
+
+use torpor_image as image;
+use torpor_kernel as kernel;
+use torpor_kernel::ids::{Pid, Tid};
+
+/// Something a dump would lose, or that stands in its way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// The object, as its user knows it: "fd 7 (anon_inode:[io_uring])".
+    pub object: String,
+    /// Why it cannot be dumped.
+    pub why: String,
+    /// What its user can do.
+    pub remedy: String,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}; {}", self.object, self.why, self.remedy)
+    }
+}
+
+/// A dump failed. Unless it says otherwise the process goes on as before.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// There is no such process.
+    #[error("there is no process {0}; `ps -e` lists those there are")]
+    NoProcess(Pid),
+    /// The process is of a kind that cannot be dumped at all.
+    #[error("cannot dump pid {pid}: {why}")]
+    NotDumpable {
+        /// The process.
+        pid: Pid,
+        /// What it is.
+        why: String,
+    },
+    /// Somebody else traces the process.
+    #[error("cannot dump pid {pid}: it is traced by pid {tracer} ({name}); stop that debugger first")]
+    Traced {
+        /// The process.
+        pid: Pid,
+        /// Who traces it.
+        tracer: i32,
+        /// The tracer's name.
+        name: String,
+    },
+    /// The kernel does not let us.
+    #[error(
+        "cannot attach to pid {pid}: {source}; run torpor as the user of that process or with \
+         CAP_SYS_PTRACE (see also /proc/sys/kernel/yama/ptrace_scope)"
+    )]
+    Permission {
+        /// The process.
+        pid: Pid,
+        /// What the kernel said.
+        source: kernel::Error,
+    },
+    /// The process has something a dump would lose.
+    #[error("cannot dump pid {pid}, which goes on as before:{}", list(refusals))]
+    Refused {
+        /// The process.
+        pid: Pid,
+        /// What it is.
+        refusals: Vec<Refusal>,
+    },
+    /// The process ended while it was being dumped.
+    #[error("pid {pid} ended while it was being dumped ({how}); nothing was written")]
+    Died {
+        /// The process.
+        pid: Pid,
+        /// How it ended.
+        how: String,
+    },
+    /// A thread did not stop.
+    #[error(
+        "thread {tid} of pid {pid} did not stop within {seconds} s (state {state}): it is inside the kernel \
+         and cannot be interrupted, as on a hanging file system; the process goes on as before"
+    )]
+    Timeout {
+        /// The process.
+        pid: Pid,
+        /// The thread.
+        tid: Tid,
+        /// How long we waited.
+        seconds: u64,
+        /// The thread's state in /proc.
+        state: char,
+    },
+    /// The process could not be made to run the executor.
+    #[error("cannot enter pid {pid}: {what}; the process goes on as before")]
+    Injection {
+        /// The process.
+        pid: Pid,
+        /// What is missing.
+        what: String,
+    },
+    /// A call made inside the process failed.
+    #[error("cannot read {purpose} of pid {pid} thread {tid}: {errno}; the process goes on as before")]
+    Script {
+        /// The process.
+        pid: Pid,
+        /// The thread.
+        tid: Tid,
+        /// What the call was for.
+        purpose: String,
+        /// Its error.
+        errno: nix::errno::Errno,
+    },
+    /// The process changed under our hands in a way that should not be possible.
+    #[error("cannot dump pid {pid}: {what}; the process goes on as before")]
+    Inconsistent {
+        /// The process.
+        pid: Pid,
+        /// What does not fit.
+        what: String,
+    },
+    /// A kernel call failed.
+    #[error("cannot dump pid {pid}: {doing}: {source}; the process goes on as before")]
+    Kernel {
+        /// The process.
+        pid: Pid,
+        /// What was being done.
+        doing: String,
+        /// The call and its error.
+        source: kernel::Error,
+    },
+    /// The image could not be written.
+    #[error("{0}; the process goes on as before")]
+    Image(#[from] image::Error),
+}
+
+fn list(refusals: &[Refusal]) -> String {
+    refusals.iter().map(|r| format!("\n  {r}")).collect()
+}
+
+impl Error {
+    /// Wraps the failure of a kernel call made for `pid`.
+    pub(crate) fn kernel(pid: Pid, doing: impl Into<String>) -> impl FnOnce(kernel::Error) -> Self {
+        let doing = doing.into();
+        move |source| Error::Kernel { pid, doing, source }
+    }
+}
+
+/// The result of dump operations.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,0 +1,87 @@
+//! tcp(7): listening sockets and those not connected yet.
+
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::sys::socket::SockaddrStorage;
+use torpor_image::description::Kind;
+use torpor_image::inet::InetSocket;
+
+use crate::collect::Collector;
+use crate::description::Found;
+use crate::error::Result;
+use crate::socket;
+
+/// net/tcp_states.h
+const LISTEN: u8 = 10;
+const CLOSE: u8 = 7;
+
+/// Options of TCP, IPv4 and IPv6 that setsockopt takes back as getsockopt gives them.
+const OPTIONS: &[(i32, i32)] = &[
+    (libc::IPPROTO_TCP, libc::TCP_NODELAY),
+    (libc::IPPROTO_TCP, libc::TCP_CORK),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPCNT),
+    (libc::IPPROTO_TCP, libc::TCP_SYNCNT),
+    (libc::IPPROTO_TCP, libc::TCP_LINGER2),
+    (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT),
+    (libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP),
+    (libc::IPPROTO_TCP, libc::TCP_CONGESTION),
+    (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT),
+    (libc::IPPROTO_TCP, libc::TCP_FASTOPEN),
+    (libc::IPPROTO_IP, libc::IP_TOS),
+    (libc::IPPROTO_IP, libc::IP_TTL),
+    (libc::IPPROTO_IP, libc::IP_FREEBIND),
+    (libc::IPPROTO_IP, libc::IP_TRANSPARENT),
+    (libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT),
+    (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER),
+    (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY),
+    (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS),
+    (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+];
+
+pub(crate) fn collect(
+    collector: &mut Collector,
+    found: &Found,
+    fd: &OwnedFd,
+    family: i32,
+) -> Result<Option<Kind>> {
+    let number = found.stat.st_ino as u32;
+    let diag = collector.inet_socket(number)?;
+    if let Some(d) = &diag
+        && d.state != LISTEN
+        && d.state != CLOSE
+    {
+        let why = format!("a TCP connection from {} to {} cannot be dumped yet", d.local, d.remote);
+        collector.refuse(found.title(), why, "close the connection before the dump");
+        return Ok(None);
+    }
+    let listening = diag.as_ref().filter(|d| d.state == LISTEN);
+    if let Some(d) = listening
+        && d.rqueue > 0
+    {
+        let why = format!("{} connections to {} wait to be accepted", d.rqueue, d.local);
+        collector.refuse(found.title(), why, "try again once the program has accepted them");
+        return Ok(None);
+    }
+    if socket::filter_length(fd) > 0 {
+        collector.refuse(found.title(), "a socket filter cannot be dumped yet", "detach it before the dump");
+        return Ok(None);
+    }
+    let local = nix::sys::socket::getsockname::<SockaddrStorage>(fd.as_raw_fd()).ok().and_then(address);
+    Ok(Some(Kind::Inet(InetSocket {
+        number,
+        family,
+        local: local.filter(|a| a.port() != 0 || !a.ip().is_unspecified()),
+        listening: listening.map(|d| d.wqueue),
+        options: socket::options(fd, family, libc::SOCK_STREAM, libc::IPPROTO_TCP, OPTIONS),
+    })))
+}
+
+fn address(storage: SockaddrStorage) -> Option<SocketAddr> {
+    if let Some(v4) = storage.as_sockaddr_in() {
+        return Some(SocketAddr::V4((*v4).into()));
+    }
+    storage.as_sockaddr_in6().map(|v6| SocketAddr::V6((*v6).into()))
+}

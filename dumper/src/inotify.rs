@@ -1,0 +1,81 @@
+//! inotify(7), from fdinfo.
+//!
+//! fdinfo names what is watched by a file handle. It is opened by that where the privilege is there
+//! (open_by_handle_at wants CAP_DAC_READ_SEARCH), and its path read from /proc/self/fd.
+
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use torpor_image::Bytes;
+use torpor_image::description::Kind;
+use torpor_image::inotify::{Inotify, Watch};
+use torpor_kernel::fdinfo::InotifyWatch;
+use torpor_kernel::mountinfo;
+
+use crate::collect::{Collector, stat_path};
+use crate::description::Found;
+use crate::error::{Error, Result};
+
+/// Largest file handle (linux/exportfs.h, `MAX_HANDLE_SZ`).
+const MAX_HANDLE: usize = 128;
+
+/// `struct file_handle`
+#[repr(C)]
+struct Handle {
+    bytes: u32,
+    kind: i32,
+    handle: [u8; MAX_HANDLE],
+}
+
+pub(crate) fn collect(
+    collector: &mut Collector,
+    found: &Found,
+    watches: &[InotifyWatch],
+) -> Result<Option<Kind>> {
+    let mounts = mountinfo::mountinfo(collector.pid)
+        .map_err(Error::kernel(collector.pid, "reading its mounts"))?;
+    let mut kept = Vec::with_capacity(watches.len());
+    for watch in watches {
+        let path = mounts
+            .iter()
+            .filter(|m| m.dev == (watch.sdev >> 20, watch.sdev & 0xf_ffff))
+            .find_map(|m| open_watched(watch, &m.mount_point));
+        let Some(path) = path else {
+            collector.refuse(
+                found.title(),
+                format!("watch {} is on inode {} whose path cannot be found", watch.wd, watch.ino),
+                "run torpor as root, or remove the watch before the dump",
+            );
+            return Ok(None);
+        };
+        kept.push(Watch { descriptor: watch.wd, mask: watch.mask, path });
+    }
+    kept.sort_by_key(|w| w.descriptor);
+    let fd = found.get(collector)?;
+    let mut queued = 0i32;
+    // SAFETY: FIONREAD fills an int.
+    unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut queued) };
+    if queued > 0 {
+        collector.losses.push(format!("{}: {queued} bytes of events that were not read", found.title()));
+    }
+    Ok(Some(Kind::Inotify(Inotify { watches: kept })))
+}
+
+/// The path of a watched inode, through any mount of its file system.
+fn open_watched(watch: &InotifyWatch, mount_point: &[u8]) -> Option<Bytes> {
+    let handle = watch.handle.as_ref()?;
+    let mut raw = Handle { bytes: handle.bytes.len() as u32, kind: handle.kind, handle: [0; MAX_HANDLE] };
+    raw.handle.get_mut(..handle.bytes.len())?.copy_from_slice(&handle.bytes);
+    let mount = std::fs::File::open(Bytes::from(mount_point).path()).ok()?;
+    // SAFETY: `raw` is a struct file_handle with room for what its length says.
+    let fd = unsafe {
+        libc::syscall(libc::SYS_open_by_handle_at, mount.as_raw_fd(), &raw mut raw, libc::O_PATH | libc::O_CLOEXEC)
+    };
+    if fd < 0 {
+        return None;
+    }
+    // SAFETY: a descriptor just opened, owned by nobody else.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    let link = nix::fcntl::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()).as_str()).ok()?;
+    let path = Bytes(std::os::unix::ffi::OsStringExt::into_vec(link));
+    (stat_path(&path)?.st_ino == watch.ino).then_some(path)
+}

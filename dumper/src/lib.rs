@@ -1,0 +1,48 @@
+//! Dumps a running process into an image.
+//!
+//! ```no_run
+//! use torpor_dumper::{Options, Target};
+//!
+//! # fn main() -> Result<(), torpor_dumper::Error> {
+//! let target = Target::find(1234)?; // refuses by name what a dump would lose, without stopping anything
+//! let mut frozen = target.freeze()?; // every thread stands
+//! let dumped = frozen.dump("image".as_ref(), &Options::default())?; // may be done again and again
+//! println!("{} bytes", dumped.manifest.files.iter().map(|f| f.size).sum::<u64>());
+//! frozen.kill()?; // or resume(), or keep_stopped()
+//! # Ok(())
+//! # }
+//! ```
+//! There is no global state: two dumps may run at once in one process, each in a thread of its own.
+
+mod collect;
+mod credentials;
+mod description;
+mod dump;
+mod epoll;
+mod error;
+mod eventfd;
+mod freeze;
+mod gadget;
+mod inet;
+mod inject;
+mod inode;
+mod inotify;
+mod memory;
+mod pipe;
+mod priority;
+mod scheduling;
+mod signal;
+mod signalfd;
+mod socket;
+mod survey;
+mod task;
+mod terminal;
+mod thread;
+mod timer;
+mod timerfd;
+mod unix;
+mod vma;
+
+pub use dump::{Dumped, Frozen, Options, Target, check};
+pub use error::{Error, Refusal, Result};
+pub use survey::Survey;

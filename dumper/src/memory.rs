@@ -1,0 +1,289 @@
+//! Copying memory out: which pages, by how many writers, into which files.
+//!
+//! Pages are read through /proc/PID/mem. Its reads are twice as slow as process_vm_readv's, but do not
+//! break the sharing of copy-on-write pages (research/fast.md, 2.1), and see areas without access. Every
+//! writer has a data file of its own, so that none waits for another's inode lock.
+
+use std::os::fd::AsRawFd;
+
+use torpor_image::extent::{PAGE, Record, Where};
+use torpor_image::vma::Vma;
+use torpor_image::write::{DataFile, ImageWriter};
+use torpor_kernel::ids::{Pid, RemoteAddr};
+use torpor_kernel::memory::Memory;
+use torpor_kernel::pagemap::{PageScan, Want};
+
+use crate::collect::Content;
+use crate::error::{Error, Result};
+
+/// Bytes copied at a time: fits into the second-level cache, so that the zero test and the checksum read
+/// what is there already.
+const CHUNK: u64 = 1 << 20;
+/// Memory worth another writer.
+const SHARE: u64 = 8 << 20;
+const MAX_WRITERS: u64 = 8;
+
+/// A run of memory to be copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Run {
+    start: u64,
+    end: u64,
+}
+
+/// What a copy yielded.
+#[derive(Debug, Default)]
+pub(crate) struct Copied {
+    /// Records of the private pages, by address.
+    pub(crate) pages: Vec<Record>,
+    /// Bytes of content found.
+    pub(crate) bytes: u64,
+}
+
+/// Copies the private pages of `vmas`.
+pub(crate) fn copy(pid: Pid, vmas: &[Vma], files: &mut [DataFile], progress: &(dyn Fn(u64) + Sync)) -> Result<Copied> {
+    let scan = PageScan::open(pid).map_err(Error::kernel(pid, "opening its pagemap"))?;
+    let mut runs = Vec::new();
+    let mut guards = Vec::new();
+    for area in joined(vmas) {
+        let find = |want| scan.scan(area.start, area.end, want).map_err(Error::kernel(pid, "finding its pages"));
+        runs.extend(find(Want::Anonymous)?.into_iter().map(|r| Run { start: r.start, end: r.end }));
+        guards.extend(find(Want::Guard)?.into_iter().map(|r| Record {
+            address: r.start,
+            length: r.end - r.start,
+            place: Where::Guard,
+            file: 0,
+            offset: 0,
+        }));
+    }
+    let bytes: u64 = runs.iter().map(|r| r.end - r.start).sum();
+    let writers = writers(bytes).min(files.len() as u64).max(1);
+    let shares = split(&runs, bytes.div_ceil(writers).next_multiple_of(PAGE));
+    let mut pages = std::thread::scope(|scope| {
+        let workers: Vec<_> = shares
+            .iter()
+            .zip(files.iter_mut())
+            .map(|(share, file)| scope.spawn(move || copy_runs(pid, share, file, progress)))
+            .collect();
+        let mut pages = Vec::new();
+        for worker in workers {
+            pages.extend(worker.join().expect("a writer does not panic")?);
+        }
+        Ok::<_, Error>(pages)
+    })?;
+    pages.extend(guards);
+    pages.sort_by_key(|r| r.address);
+    Ok(Copied { pages, bytes })
+}
+
+/// How many writers `bytes` of memory are worth on this machine.
+fn writers(bytes: u64) -> u64 {
+    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
+    bytes.div_ceil(SHARE).clamp(1, cpus.min(MAX_WRITERS))
+}
+
+/// How many data files to prepare for a process of this size.
+pub(crate) fn files_for(bytes: u64) -> u32 {
+    writers(bytes) as u32
+}
+
+/// Private areas that lie side by side, as one.
+fn joined(vmas: &[Vma]) -> Vec<Run> {
+    let mut all: Vec<Run> = Vec::new();
+    for vma in vmas.iter().filter(|v| v.private()) {
+        match all.last_mut() {
+            Some(last) if last.end == vma.start => last.end = vma.end,
+            _ => all.push(Run { start: vma.start, end: vma.end }),
+        }
+    }
+    all
+}
+
+/// Splits runs into shares of about `size` bytes.
+fn split(runs: &[Run], size: u64) -> Vec<Vec<Run>> {
+    let mut shares = vec![Vec::new()];
+    let mut room = size;
+    for &run in runs {
+        let mut rest = run;
+        while rest.end - rest.start > room {
+            let middle = rest.start + room;
+            if room > 0 {
+                shares.last_mut().expect("never empty").push(Run { start: rest.start, end: middle });
+            }
+            shares.push(Vec::new());
+            rest.start = middle;
+            room = size;
+        }
+        room -= rest.end - rest.start;
+        shares.last_mut().expect("never empty").push(rest);
+    }
+    shares
+}
+
+fn copy_runs(pid: Pid, runs: &[Run], file: &mut DataFile, progress: &(dyn Fn(u64) + Sync)) -> Result<Vec<Record>> {
+    let memory = Memory::open(pid, false).map_err(Error::kernel(pid, "opening its memory"))?;
+    let mut records: Vec<Record> = Vec::new();
+    let mut buffer = vec![0u8; CHUNK as usize];
+    for run in runs {
+        let mut at = run.start;
+        while at < run.end {
+            let length = (run.end - at).min(CHUNK);
+            let bytes = &mut buffer[..length as usize];
+            memory
+                .read_exact_at(RemoteAddr(at), bytes)
+                .map_err(Error::kernel(pid, "reading its memory"))?;
+            store(&mut records, at, bytes, file)?;
+            progress(length);
+            at += length;
+        }
+    }
+    Ok(records)
+}
+
+/// Appends `bytes`, which belong at `address`, to the file, leaving out pages of zeros.
+fn store(records: &mut Vec<Record>, address: u64, bytes: &[u8], file: &mut DataFile) -> Result<()> {
+    let mut at = 0;
+    while at < bytes.len() {
+        let zero = is_zero(&bytes[at..bytes.len().min(at + PAGE as usize)]);
+        let mut end = at;
+        while end < bytes.len() && is_zero(&bytes[end..bytes.len().min(end + PAGE as usize)]) == zero {
+            end += PAGE as usize;
+        }
+        let end = end.min(bytes.len());
+        let offset = if zero { 0 } else { file.append(&bytes[at..end])? };
+        let record = Record {
+            address: address + at as u64,
+            length: ((end - at) as u64).next_multiple_of(PAGE),
+            place: if zero { Where::Zero } else { Where::Data },
+            file: if zero { 0 } else { file.number() },
+            offset,
+        };
+        push(records, record);
+        at = end;
+    }
+    Ok(())
+}
+
+/// Adds a record, or lengthens the last one that it continues.
+fn push(records: &mut Vec<Record>, record: Record) {
+    if let Some(last) = records.last_mut() {
+        let follows = last.address + last.length == record.address && last.place == record.place;
+        let beside = last.file == record.file && last.offset + last.length == record.offset;
+        if follows && (record.place != Where::Data || beside) {
+            last.length += record.length;
+            return;
+        }
+    }
+    records.push(record);
+}
+
+/// Whether a page is all zeros; on other pages the answer comes with the first words.
+fn is_zero(page: &[u8]) -> bool {
+    let (head, words, tail) = {
+        // SAFETY: every bit pattern is a valid u128.
+        unsafe { page.align_to::<u128>() }
+    };
+    words.iter().all(|w| *w == 0) && head.iter().chain(tail).all(|b| *b == 0)
+}
+
+/// Copies the contents of an inode: all of its data, holes left out.
+pub(crate) fn copy_inode(
+    pid: Pid,
+    content: &Content,
+    size: u64,
+    file: &mut DataFile,
+    writer: &mut ImageWriter,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<torpor_image::extent::Extents> {
+    let mut records = Vec::new();
+    match content {
+        Content::File(fd) => {
+            let fail = |call: &'static str| {
+                move |errno| Error::kernel(pid, "reading a file it holds")(torpor_kernel::Error::syscall(call, "", errno))
+            };
+            let mut buffer = vec![0u8; CHUNK as usize];
+            let mut at = 0u64;
+            while at < size {
+                // SAFETY: lseek takes numbers only.
+                let data = unsafe { libc::lseek(fd.as_raw_fd(), at as i64, libc::SEEK_DATA) };
+                if data < 0 {
+                    match nix::errno::Errno::last() {
+                        // Nothing but a hole up to the end.
+                        nix::errno::Errno::ENXIO => break,
+                        // A file system without this notion: all of it is data.
+                        nix::errno::Errno::EINVAL => {}
+                        e => return Err(fail("lseek")(e)),
+                    }
+                }
+                let start = if data < 0 { at } else { data as u64 & !(PAGE - 1) };
+                // SAFETY: as above.
+                let hole = unsafe { libc::lseek(fd.as_raw_fd(), start as i64, libc::SEEK_HOLE) };
+                let end = if hole < 0 { size } else { (hole as u64).min(size) };
+                at = start;
+                while at < end {
+                    let want = (end - at).min(CHUNK) as usize;
+                    let got = nix::sys::uio::pread(fd, &mut buffer[..want], at as i64).map_err(fail("pread"))?;
+                    if got == 0 {
+                        return Err(Error::Inconsistent { pid, what: "a file it holds shrinks".into() });
+                    }
+                    // Records are whole pages: a short read in the middle is taken up again at a page.
+                    let whole = if at + (got as u64) < end { got & !(PAGE as usize - 1) } else { got };
+                    if whole == 0 {
+                        return Err(Error::Inconsistent { pid, what: "a file it holds gives single bytes".into() });
+                    }
+                    store(&mut records, at, &buffer[..whole], file)?;
+                    progress(whole as u64);
+                    at += whole as u64;
+                }
+                at = at.max(end);
+            }
+        }
+        Content::Mapped(areas) => {
+            let mut areas = areas.clone();
+            areas.sort_by_key(|a| a.1);
+            let memory = Memory::open(pid, false).map_err(Error::kernel(pid, "opening its memory"))?;
+            let mut buffer = vec![0u8; CHUNK as usize];
+            let mut done = 0u64;
+            for (address, offset, length) in areas {
+                let skip = done.saturating_sub(offset).min(length);
+                let mut at = skip;
+                while at < length {
+                    let want = (length - at).min(CHUNK);
+                    let bytes = &mut buffer[..want as usize];
+                    memory
+                        .read_exact_at(RemoteAddr(address + at), bytes)
+                        .map_err(Error::kernel(pid, "reading its shared memory"))?;
+                    store(&mut records, offset + at, bytes, file)?;
+                    progress(want);
+                    at += want;
+                }
+                done = done.max(offset + length);
+            }
+        }
+    }
+    Ok(writer.add_records(&records))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_cover_every_byte_once() {
+        let runs = [Run { start: 0, end: 5 * PAGE }, Run { start: 9 * PAGE, end: 10 * PAGE }];
+        for size in 1..8 {
+            let shares = split(&runs, size * PAGE);
+            let total: u64 = shares.iter().flatten().map(|r| r.end - r.start).sum();
+            assert_eq!(total, 6 * PAGE);
+            assert!(shares.iter().all(|s| s.iter().map(|r| r.end - r.start).sum::<u64>() <= size * PAGE));
+        }
+    }
+
+    #[test]
+    fn zeros_are_seen_wherever_they_end() {
+        let mut page = vec![0u8; PAGE as usize];
+        assert!(is_zero(&page));
+        page[4095] = 1;
+        assert!(!is_zero(&page));
+        assert!(is_zero(&page[..100]));
+    }
+}

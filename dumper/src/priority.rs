@@ -1,0 +1,34 @@
+//! Outranking the threads we stop and wake: a woken thread would else take our cpu before the next is
+//! woken, 3 ms each time on a busy machine.
+
+/// Real-time priority of this thread while it lives, where the kernel gives it.
+#[must_use]
+pub(crate) struct RealTime {
+    before: Option<(i32, libc::sched_param)>,
+}
+
+impl RealTime {
+    pub(crate) fn raise() -> Self {
+        // SAFETY: sched_getscheduler reads nothing of ours; an all-zero sched_param is a valid one.
+        let (policy, mut param) = unsafe { (libc::sched_getscheduler(0), std::mem::zeroed()) };
+        // SAFETY: `param` is a sched_param of ours.
+        let known = policy >= 0 && unsafe { libc::sched_getparam(0, &raw mut param) } == 0;
+        if !known || policy & !libc::SCHED_RESET_ON_FORK == libc::SCHED_FIFO {
+            return RealTime { before: None };
+        }
+        let high = libc::sched_param { sched_priority: 1 };
+        // SAFETY: `high` is a sched_param of ours.
+        let raised =
+            unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, &raw const high) };
+        RealTime { before: (raised == 0).then_some((policy, param)) }
+    }
+}
+
+impl Drop for RealTime {
+    fn drop(&mut self) {
+        if let Some((policy, param)) = self.before {
+            // SAFETY: `param` is a sched_param of ours. Lowering one's own priority is always allowed.
+            unsafe { libc::sched_setscheduler(0, policy, &raw const param) };
+        }
+    }
+}

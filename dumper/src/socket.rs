@@ -1,0 +1,104 @@
+//! What all sockets have: options, read one by one and compared with those of a new socket.
+
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use torpor_image::socket::SocketOption;
+
+/// linux/socket.h names that libc lacks.
+const SO_BUF_LOCK: i32 = 72;
+
+/// Options of every socket that setsockopt takes back as getsockopt gives them.
+const GENERIC: &[i32] = &[
+    libc::SO_SNDBUF,
+    libc::SO_RCVBUF,
+    SO_BUF_LOCK,
+    libc::SO_REUSEADDR,
+    libc::SO_REUSEPORT,
+    libc::SO_KEEPALIVE,
+    libc::SO_BROADCAST,
+    libc::SO_OOBINLINE,
+    libc::SO_PRIORITY,
+    libc::SO_LINGER,
+    libc::SO_PASSCRED,
+    libc::SO_RCVLOWAT,
+    libc::SO_RCVTIMEO,
+    libc::SO_SNDTIMEO,
+    libc::SO_MARK,
+    libc::SO_TIMESTAMP,
+    libc::SO_TIMESTAMPNS,
+    libc::SO_BUSY_POLL,
+    libc::SO_BINDTODEVICE,
+    libc::SO_NO_CHECK,
+    libc::SO_PASSSEC,
+];
+
+/// An int option.
+pub(crate) fn int_option(fd: &OwnedFd, level: i32, name: i32) -> Option<i32> {
+    option(fd, level, name).and_then(|v| Some(i32::from_ne_bytes(*v.first_chunk()?)))
+}
+
+/// The value of an option; `None` where the socket has no such.
+pub(crate) fn option(fd: &OwnedFd, level: i32, name: i32) -> Option<Vec<u8>> {
+    let mut value = vec![0u8; 64];
+    let mut len = value.len() as libc::socklen_t;
+    // SAFETY: getsockopt fills at most `len` bytes.
+    let got =
+        unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
+    (got == 0).then(|| {
+        value.truncate(len as usize);
+        value
+    })
+}
+
+/// The options of `fd` that differ from those of a new socket of its kind; `more` are its family's own.
+pub(crate) fn options(
+    fd: &OwnedFd,
+    family: i32,
+    kind: i32,
+    protocol: i32,
+    more: &[(i32, i32)],
+) -> Vec<SocketOption> {
+    // SAFETY: socket takes numbers only.
+    let fresh = unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol) };
+    // SAFETY: a descriptor just opened, owned by nobody else.
+    let fresh = (fresh >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fresh) });
+    let generic = GENERIC.iter().map(|name| (libc::SOL_SOCKET, *name));
+    generic
+        .chain(more.iter().copied())
+        .filter_map(|(level, name)| {
+            let value = option(fd, level, name)?;
+            let default = fresh.as_ref().and_then(|f| option(f, level, name));
+            (default.as_ref() != Some(&value)).then(|| SocketOption { level, name, value: value.into() })
+        })
+        .collect()
+}
+
+/// How many instructions a filter attached to the socket has (SO_GET_FILTER, which is SO_ATTACH_FILTER).
+pub(crate) fn filter_length(fd: &OwnedFd) -> u32 {
+    let mut len: libc::socklen_t = 0;
+    // SAFETY: with a length of zero only the length is filled in (net/core/filter.c, sk_get_filter).
+    let got = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            std::ptr::null_mut(),
+            &raw mut len,
+        )
+    };
+    if got == 0 { len } else { 0 }
+}
+
+/// "a UDP socket"
+pub(crate) fn name(domain: Option<i32>, kind: Option<i32>, protocol: Option<i32>) -> String {
+    match (domain, kind, protocol) {
+        (Some(libc::AF_INET | libc::AF_INET6), Some(libc::SOCK_DGRAM), _) => "a UDP socket".into(),
+        (Some(libc::AF_INET | libc::AF_INET6), Some(libc::SOCK_RAW), _) => "a raw socket".into(),
+        (Some(libc::AF_INET | libc::AF_INET6), _, Some(262)) => "an MPTCP socket".into(),
+        (Some(libc::AF_NETLINK), ..) => "a netlink socket".into(),
+        (Some(libc::AF_PACKET), ..) => "a packet socket".into(),
+        (Some(libc::AF_VSOCK), ..) => "a vsock socket".into(),
+        (Some(family), ..) => format!("a socket of address family {family}"),
+        _ => "a socket of unknown kind".into(),
+    }
+}

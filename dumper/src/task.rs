@@ -1,0 +1,197 @@
+//! Putting a process together: what the frozen process is asked, from outside and from inside.
+
+use torpor_image::extent::Extents;
+use torpor_image::inode::Source;
+use torpor_image::memory::{AddressSpace, MmFields};
+use torpor_image::task::Task;
+use torpor_image::vma::Vma;
+use torpor_image::{Bytes, InodeId, Pid as ImagePid};
+use torpor_kernel::maps::Mapping;
+use torpor_kernel::memory::Memory;
+use torpor_kernel::{process, ptrace, stat, timers};
+use torpor_parasite::script::{OpId, Script, Value};
+
+use crate::collect::{Collector, stat_path};
+use crate::description::Table;
+use crate::error::{Error, Result};
+use crate::freeze::Frozen;
+use crate::gadget::Gadgets;
+use crate::inject::{self, Entry};
+use crate::{signal, thread, timer};
+
+/// prctl(2) operations (linux/prctl.h).
+const PR_GET_DUMPABLE: u64 = 3;
+const PR_GET_CHILD_SUBREAPER: u64 = 37;
+const PR_GET_THP_DISABLE: u64 = 42;
+/// linux/membarrier.h
+const MEMBARRIER_CMD_GET_REGISTRATIONS: u64 = 1 << 9;
+
+/// What only the process itself can tell.
+struct Asked {
+    brk: OpId,
+    dumpable: OpId,
+    subreaper: torpor_parasite::script::Data,
+    thp_disabled: OpId,
+    membarrier: OpId,
+}
+
+fn ask(script: &mut Script) -> Asked {
+    let n = Value::Number;
+    let subreaper = script.reserve(8);
+    script.call("the subreaper attribute", libc::SYS_prctl, &[n(PR_GET_CHILD_SUBREAPER), subreaper.into()]);
+    Asked {
+        brk: script.call("the program break", libc::SYS_brk, &[n(0)]),
+        dumpable: script.call("the dumpable attribute", libc::SYS_prctl, &[n(PR_GET_DUMPABLE)]),
+        subreaper,
+        thp_disabled: script.try_call("the huge page attribute", libc::SYS_prctl, &[n(PR_GET_THP_DISABLE)]),
+        membarrier: script.try_call(
+            "membarrier registrations",
+            libc::SYS_membarrier,
+            &[n(MEMBARRIER_CMD_GET_REGISTRATIONS)],
+        ),
+    }
+}
+
+/// A process whose memory contents are still to be copied.
+pub(crate) struct Collected {
+    pub(crate) task: Task,
+    pub(crate) vdso: Bytes,
+}
+
+/// Enters the frozen process, asks it all, leaves it, and puts the answers together.
+pub(crate) fn collect(
+    collector: &mut Collector,
+    frozen: &mut Frozen,
+    gadgets: Gadgets,
+    maps: &[Mapping],
+    vmas: Vec<Vma>,
+    table: Table,
+) -> Result<Collected> {
+    let pid = frozen.pid();
+    let memory = Memory::open(pid, true).map_err(Error::kernel(pid, "opening its memory"))?;
+    let tids: Vec<_> = frozen.threads().iter().map(|t| t.tid).collect();
+    let stopped: Vec<thread::Stopped> =
+        tids.iter().map(|&tid| thread::read(frozen, tid, &memory)).collect::<Result<_>>()?;
+    if let Some(foreign) = stopped.iter().find(|s| !s.before.registers.native()) {
+        return Err(Error::NotDumpable {
+            pid,
+            why: format!("thread {} runs code of another word size", foreign.before.tid),
+        });
+    }
+    let shared_pending =
+        thread::infos(ptrace::pending(pid.leader(), true).map_err(Error::kernel(pid, "reading pending signals"))?);
+    let posix = timers::timers(pid).map_err(Error::kernel(pid, "reading its timers"))?;
+
+    let mut leader = Script::new();
+    let asked = ask(&mut leader);
+    let asked_signals = signal::ask(&mut leader);
+    let asked_timers = timer::ask(&mut leader, &posix);
+    let mut asked_threads = vec![thread::ask(&mut leader)];
+    let mut scripts = vec![leader];
+    for _ in &stopped[1..] {
+        let mut script = Script::new();
+        asked_threads.push(thread::ask(&mut script));
+        scripts.push(script);
+    }
+    let before: Vec<_> = stopped.iter().map(|s| s.before.clone()).collect();
+    let taken = stopped.iter().fold(0, |all, s| {
+        all | s.status.caught | s.status.sig_pending | s.status.shared_pending
+    });
+    let entry = Entry { maps, gadgets, taken_signals: taken };
+    let outcomes = inject::run(frozen, &memory, &before, &entry, &scripts)?;
+
+    let first = &outcomes[0];
+    let fail = |what: &str| Error::kernel(pid, format!("reading {what}"));
+    let stat = stat::of_process(pid).map_err(fail("its stat"))?;
+    let status = stopped[0].status.clone();
+    let signals = signal::assemble(&asked_signals, first, shared_pending);
+    let timers = timer::assemble(&asked_timers, first, &posix);
+    let stopped_by_job_control = frozen.stopped();
+    let threads = stopped
+        .into_iter()
+        .zip(asked_threads)
+        .zip(&outcomes)
+        .map(|((stopped, asked), outcome)| thread::assemble(pid, stopped, asked, outcome))
+        .collect::<Result<Vec<_>>>()?;
+    let number = |op: OpId| first.result(op).max(0) as u32;
+    let fields = MmFields {
+        start_code: stat.start_code,
+        end_code: stat.end_code,
+        start_data: stat.start_data,
+        end_data: stat.end_data,
+        start_brk: stat.start_brk,
+        brk: first.result(asked.brk) as u64,
+        start_stack: stat.start_stack,
+        arg_start: stat.arg_start,
+        arg_end: stat.arg_end,
+        env_start: stat.env_start,
+        env_end: stat.env_end,
+    };
+    let vdso = vdso(maps, &memory).map_err(fail("its vdso"))?;
+    let address_space = AddressSpace {
+        vmas,
+        pages: Extents::default(),
+        fields,
+        auxv: process::auxv(pid).map_err(fail("its auxiliary vector"))?.into(),
+        exe: exe(collector)?,
+        dumpable: number(asked.dumpable),
+        thp_disabled: number(asked.thp_disabled),
+        coredump_filter: process::coredump_filter(pid).map_err(fail("its coredump filter"))?,
+        membarrier: number(asked.membarrier),
+    };
+    let task = Task {
+        pid: ImagePid(pid.0),
+        ppid: ImagePid(stat.ppid),
+        pgid: ImagePid(stat.pgrp),
+        sid: ImagePid(stat.session),
+        stopped: stopped_by_job_control,
+        threads,
+        memory: address_space,
+        descriptors: table.descriptors,
+        locks: table.locks,
+        signals,
+        timers,
+        limits: process::limits(pid).map_err(fail("its limits"))?.to_vec(),
+        cwd: process::cwd(pid).map_err(fail("its working directory"))?.into(),
+        root: process::root(pid).map_err(fail("its root directory"))?.into(),
+        umask: status.umask,
+        personality: process::personality(pid).map_err(fail("its personality"))?,
+        oom_score_adj: process::oom_score_adj(pid).map_err(fail("its oom_score_adj"))?,
+        child_subreaper: first.u32(asked.subreaper) != 0,
+    };
+    Ok(Collected { task, vdso })
+}
+
+fn vdso(maps: &[Mapping], memory: &Memory) -> torpor_kernel::Result<Bytes> {
+    let Some(mapping) = maps.iter().find(|m| m.path == b"[vdso]") else { return Ok(Bytes::default()) };
+    let mut bytes = vec![0u8; (mapping.end - mapping.start) as usize];
+    memory.read_exact_at(torpor_kernel::ids::RemoteAddr(mapping.start), &mut bytes)?;
+    Ok(bytes.into())
+}
+
+/// The program file, which /proc/PID/exe and `prctl(PR_SET_MM_EXE_FILE)` are about.
+pub(crate) fn exe(collector: &mut Collector) -> Result<InodeId> {
+    let pid = collector.pid;
+    let path = Bytes(process::exe(pid).map_err(Error::kernel(pid, "reading its program file"))?);
+    if let Some(stat) = stat_path(&path) {
+        if let Some(id) = collector.known_inode(stat.st_dev, stat.st_ino) {
+            return Ok(id);
+        }
+        return Ok(collector.add_inode(&stat, Source::Path { path }));
+    }
+    // A program file that was removed is mapped, as a rule, and so among the inodes already.
+    let stat = nix::sys::stat::stat(format!("/proc/{pid}/exe").as_str())
+        .map_err(|e| Error::kernel(pid, "reading its program file")(torpor_kernel::Error::syscall("stat", "/proc/PID/exe", e)))?;
+    if let Some(id) = collector.known_inode(stat.st_dev, stat.st_ino) {
+        return Ok(id);
+    }
+    let file = std::fs::File::open(format!("/proc/{pid}/exe"))
+        .map_err(|e| Error::kernel(pid, "opening its program file")(torpor_kernel::Error::io("open", "/proc/PID/exe", &e)))?;
+    let source = Source::Deleted {
+        path: crate::description::without_deleted(&path),
+        content: Extents::default(),
+    };
+    let id = collector.add_inode(&stat, source);
+    collector.contents.push((id, crate::collect::Content::File(file.into())));
+    Ok(id)
+}

@@ -1,0 +1,132 @@
+//! Threads: what ptrace and /proc tell from outside, and the few calls only the thread itself can make.
+
+use torpor_image::signal::{AltStack, ThreadSignals};
+use torpor_image::thread::{Rseq, Thread};
+use torpor_image::{Bytes, Pid as ImagePid};
+use torpor_kernel::ids::{Pid, RemoteAddr, Tid};
+use torpor_kernel::memory::Memory;
+use torpor_kernel::{process, ptrace, status};
+use torpor_parasite::call;
+use torpor_parasite::script::{Data, Outcome, Script, Value};
+
+use crate::error::{Error, Result};
+use crate::freeze::Frozen;
+use crate::inject::Before;
+use crate::{credentials, scheduling};
+
+/// prctl(2) operations (linux/prctl.h).
+const PR_GET_PDEATHSIG: u64 = 2;
+const PR_GET_SECUREBITS: u64 = 27;
+const PR_GET_TIMERSLACK: u64 = 30;
+const PR_GET_TID_ADDRESS: u64 = 40;
+
+/// A stopped thread with everything that is known without entering it.
+#[derive(Clone, Debug)]
+pub(crate) struct Stopped {
+    pub(crate) before: Before,
+    pub(crate) status: status::Status,
+    pub(crate) pending: Vec<Bytes>,
+    pub(crate) rseq: Option<Rseq>,
+}
+
+/// Reads a stopped thread.
+///
+/// A thread stopped inside an rseq critical section is moved to the section's abort handler here, as the
+/// kernel does with every thread that is preempted in one (kernel/rseq.c, `rseq_ip_fixup`): the note of the
+/// section would be cleared as soon as the thread runs anything else, and the section then go on unaborted.
+pub(crate) fn read(frozen: &Frozen, tid: Tid, memory: &Memory) -> Result<Stopped> {
+    let pid = frozen.pid();
+    let fail = |what: &str| Error::kernel(pid, format!("reading {what} of thread {tid}"));
+    let mut registers = ptrace::registers(tid).map_err(fail("the registers"))?;
+    let rseq = ptrace::rseq_configuration(tid).map_err(fail("the rseq area"))?;
+    if let Some(rseq) = &rseq
+        && let Some(abort) = interrupted_section(memory, rseq.address, registers.ip())
+    {
+        registers.set_ip(abort);
+    }
+    let status = status::of_task(pid, tid).map_err(fail("the status"))?;
+    let own_tid = status.ns_pid.last().copied().unwrap_or(tid.0);
+    Ok(Stopped {
+        before: Before {
+            tid,
+            own_tid,
+            registers,
+            xstate: ptrace::xstate(tid).map_err(fail("the vector state"))?,
+            mask: ptrace::signal_mask(tid).map_err(fail("the signal mask"))?,
+        },
+        status,
+        pending: infos(ptrace::pending(tid, false).map_err(fail("pending signals"))?),
+        rseq: rseq.map(|r| Rseq { address: r.address, size: r.size, signature: r.signature }),
+    })
+}
+
+pub(crate) fn infos(pending: Vec<ptrace::SignalInfo>) -> Vec<Bytes> {
+    pending.into_iter().map(|info| Bytes(info.to_vec())).collect()
+}
+
+/// The abort handler of the rseq critical section that `ip` is in.
+fn interrupted_section(memory: &Memory, area: u64, ip: u64) -> Option<u64> {
+    // struct rseq: rseq_cs at offset 8; struct rseq_cs: version, flags, start_ip, post_commit_offset,
+    // abort_ip (linux/rseq.h).
+    let section = memory.read_u64(RemoteAddr(area + 8)).ok().filter(|s| *s != 0)?;
+    let field = |at: u64| memory.read_u64(RemoteAddr(section + at)).ok();
+    let (start, length, abort) = (field(8)?, field(16)?, field(24)?);
+    (ip.wrapping_sub(start) < length).then_some(abort)
+}
+
+/// Operations of a thread's script.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Asked {
+    altstack: Data,
+    clear_child_tid: Data,
+    parent_death_signal: Data,
+    securebits: torpor_parasite::script::OpId,
+    timer_slack: torpor_parasite::script::OpId,
+}
+
+/// Adds what only the thread itself can tell.
+pub(crate) fn ask(script: &mut Script) -> Asked {
+    let altstack = script.reserve(24);
+    call!(script, "the alternate signal stack", libc::SYS_sigaltstack, 0, altstack);
+    let clear_child_tid = script.reserve(8);
+    // Missing only in kernels without checkpoint/restore support.
+    call!(script, "the clear_child_tid address", libc::SYS_prctl, PR_GET_TID_ADDRESS, clear_child_tid);
+    let parent_death_signal = script.reserve(8);
+    call!(script, "the parent death signal", libc::SYS_prctl, PR_GET_PDEATHSIG, parent_death_signal);
+    Asked {
+        altstack,
+        clear_child_tid,
+        parent_death_signal,
+        securebits: script.call("securebits", libc::SYS_prctl, &[Value::Number(PR_GET_SECUREBITS)]),
+        timer_slack: script.call("the timer slack", libc::SYS_prctl, &[Value::Number(PR_GET_TIMERSLACK)]),
+    }
+}
+
+/// Puts a thread together.
+pub(crate) fn assemble(pid: Pid, stopped: Stopped, asked: Asked, outcome: &Outcome) -> Result<Thread> {
+    let tid = stopped.before.tid;
+    let fail = |what: &str| Error::kernel(pid, format!("reading {what} of thread {tid}"));
+    let altstack = outcome.bytes(asked.altstack);
+    Ok(Thread {
+        tid: ImagePid(tid.0),
+        name: process::comm(pid, tid).map_err(fail("the name"))?.into(),
+        registers: stopped.before.registers,
+        xstate: stopped.before.xstate.into(),
+        signals: ThreadSignals {
+            mask: stopped.before.mask,
+            pending: stopped.pending,
+            altstack: AltStack {
+                base: u64::from_ne_bytes(altstack[..8].try_into().expect("eight bytes")),
+                flags: i32::from_ne_bytes(altstack[8..12].try_into().expect("four bytes")),
+                size: u64::from_ne_bytes(altstack[16..24].try_into().expect("eight bytes")),
+            },
+        },
+        rseq: stopped.rseq,
+        robust_list: process::robust_list(tid).map_err(fail("the robust list"))?,
+        clear_child_tid: outcome.u64(asked.clear_child_tid),
+        parent_death_signal: outcome.u32(asked.parent_death_signal) as i32,
+        scheduling: scheduling::collect(tid, outcome.result(asked.timer_slack) as u64)
+            .map_err(fail("the scheduling"))?,
+        credentials: credentials::collect(&stopped.status, outcome.result(asked.securebits) as u32),
+    })
+}

@@ -1,0 +1,77 @@
+//! setitimer(2) and timer_create(2): ids and targets from /proc/PID/timers, times by calls inside.
+
+use torpor_image::timer::{Interval, PosixTimer, Timers};
+use torpor_kernel::timers::{self, Notify, Target};
+use torpor_parasite::call;
+use torpor_parasite::script::{Data, OpId, Outcome, Script};
+
+/// `SIGEV_*` (asm-generic/siginfo.h)
+const SIGEV_SIGNAL: i32 = 0;
+const SIGEV_NONE: i32 = 1;
+const SIGEV_THREAD: i32 = 2;
+const SIGEV_THREAD_ID: i32 = 4;
+
+#[derive(Debug)]
+pub(crate) struct Asked {
+    interval: Vec<Data>,
+    posix: Vec<(Data, OpId)>,
+}
+
+pub(crate) fn ask(script: &mut Script, posix: &[timers::PosixTimer]) -> Asked {
+    let interval = (0..3u64)
+        .map(|which| {
+            let value = script.reserve(32);
+            call!(script, format!("interval timer {which}"), libc::SYS_getitimer, which, value);
+            value
+        })
+        .collect();
+    let posix = posix
+        .iter()
+        .map(|timer| {
+            let value = script.reserve(32);
+            call!(script, format!("POSIX timer {}", timer.id), libc::SYS_timer_gettime, timer.id, value);
+            let overrun = call!(
+                script,
+                format!("the overrun of POSIX timer {}", timer.id),
+                libc::SYS_timer_getoverrun,
+                timer.id
+            );
+            (value, overrun)
+        })
+        .collect();
+    Asked { interval, posix }
+}
+
+pub(crate) fn assemble(asked: &Asked, outcome: &Outcome, posix: &[timers::PosixTimer]) -> Timers {
+    // struct itimerval and struct itimerspec both put the period first.
+    let setting = |data: Data| {
+        let word = |at| outcome.u64(data.at(at)) as i64;
+        Interval { period: (word(0), word(8)), value: (word(16), word(24)) }
+    };
+    Timers {
+        interval: asked.interval.iter().map(|&data| setting(data)).collect(),
+        posix: posix
+            .iter()
+            .zip(&asked.posix)
+            .map(|(timer, &(data, overrun))| {
+                let thread = if let Target::Thread(tid) = timer.target { tid } else { 0 };
+                let notify = match timer.notify {
+                    Notify::Signal if thread != 0 => SIGEV_THREAD_ID,
+                    Notify::Signal => SIGEV_SIGNAL,
+                    Notify::None => SIGEV_NONE,
+                    Notify::Thread => SIGEV_THREAD,
+                };
+                PosixTimer {
+                    id: timer.id,
+                    clock: timer.clockid,
+                    notify,
+                    signal: timer.signo,
+                    value: timer.sigval,
+                    thread,
+                    setting: setting(data),
+                    overrun: outcome.result(overrun) as i32,
+                }
+            })
+            .collect(),
+    }
+}

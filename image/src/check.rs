@@ -1,0 +1,227 @@
+//! What must hold inside an image before anyone acts on it.
+//!
+//! Images come over networks and may be hostile, and a restore runs with privileges: every id, range, and
+//! name that later code follows without looking is checked here, once.
+
+use std::collections::BTreeSet;
+
+use crate::description::Kind;
+use crate::extent::{Extents, PAGE, Record, Where};
+use crate::inode::Source;
+use crate::manifest::Manifest;
+use crate::read::Image;
+use crate::task::Task;
+use crate::vma::Mapping;
+use crate::{DescriptionId, Error, InodeId, PipeId, Result};
+
+/// The largest pid Linux gives (include/linux/threads.h, `PID_MAX_LIMIT`).
+const MAX_PID: i32 = 4 << 20;
+/// More descriptors than any limit allows (fs/file.c, `sysctl_nr_open_max`).
+const MAX_FD: i32 = i32::MAX - 64;
+
+/// The number in `pages-N.dat`.
+pub fn data_file_number(name: &str) -> Option<u32> {
+    let number = name.strip_prefix("pages-")?.strip_suffix(".dat")?;
+    number.parse().ok().filter(|n: &u32| crate::write::data_file_name(*n) == name)
+}
+
+/// Checks a manifest by itself.
+pub fn manifest(manifest: &Manifest) -> Result<()> {
+    let bad = |what: String| Err(Error::damaged(Manifest::FILE, what));
+    let mut names = BTreeSet::new();
+    for file in &manifest.files {
+        let plain = !file.name.is_empty()
+            && !file.name.starts_with('.')
+            && file.name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b));
+        if !plain || file.name == Manifest::FILE {
+            return bad(format!("`{}` is no name of an image file", file.name.escape_debug()));
+        }
+        if !names.insert(&file.name) {
+            return bad(format!("`{}` is listed twice", file.name));
+        }
+    }
+    let mut pids = BTreeSet::new();
+    for pid in &manifest.tasks {
+        if !(1..=MAX_PID).contains(&pid.0) || !pids.insert(pid) {
+            return bad(format!("{pid} is no pid, or is listed twice"));
+        }
+    }
+    if manifest.tasks.first() != Some(&manifest.root) {
+        return bad("its first process is not its root".to_owned());
+    }
+    Ok(())
+}
+
+/// Checks every reference from one part of the image to another.
+pub fn references(image: &Image) -> Result<()> {
+    objects(image)?;
+    for (expected, task) in image.manifest.tasks.iter().zip(&image.tasks) {
+        if task.pid != *expected {
+            return Err(Error::damaged(&Task::file(*expected), "it holds another process"));
+        }
+        self::task(image, task)?;
+    }
+    Ok(())
+}
+
+fn objects(image: &Image) -> Result<()> {
+    let bad = |what: String| Err(Error::damaged("objects.tpr", what));
+    let objects = &image.objects;
+    for (i, inode) in objects.inodes.iter().enumerate() {
+        if inode.id.0 as usize != i {
+            return bad(format!("inode {i} is numbered {}", inode.id));
+        }
+        if inode.size > i64::MAX as u64 {
+            return bad(format!("inode {i} is larger than any file"));
+        }
+        if let Source::Path { path } | Source::Deleted { path, .. } = &inode.source
+            && (path.first() != Some(&b'/') || path.contains(&0))
+        {
+            return bad(format!("inode {i} has no absolute path: {path:?}"));
+        }
+        if let Some(content) = inode.content() {
+            extents(image, "objects.tpr", content, |r| r.address + r.length <= inode.size.next_multiple_of(PAGE))?;
+        }
+    }
+    for (i, pipe) in objects.pipes.iter().enumerate() {
+        if pipe.id.0 as usize != i || pipe.data.len() > pipe.capacity as usize {
+            return bad(format!("pipe {i} is misnumbered or overfull"));
+        }
+        if let Some(fifo) = pipe.fifo {
+            inode(image, "objects.tpr", fifo)?;
+        }
+    }
+    for (i, description) in objects.descriptions.iter().enumerate() {
+        if description.id.0 as usize != i {
+            return bad(format!("description {i} is numbered {}", description.id));
+        }
+        match &description.kind {
+            Kind::File(id) => inode(image, "objects.tpr", *id)?,
+            Kind::Pipe(end) => pipe(image, end.pipe)?,
+            Kind::Epoll(epoll) => {
+                for target in &epoll.targets {
+                    self::description(image, "objects.tpr", target.description)?;
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn task(image: &Image, task: &Task) -> Result<()> {
+    let file = Task::file(task.pid);
+    let bad = |what: String| Err(Error::damaged(&file, what));
+    if task.threads.first().is_none_or(|t| t.tid != task.pid) {
+        return bad("its first thread is not its leader".to_owned());
+    }
+    let mut tids = BTreeSet::new();
+    for thread in &task.threads {
+        if !(1..=MAX_PID).contains(&thread.tid.0) || !tids.insert(thread.tid) {
+            return bad(format!("{} is no thread id, or is there twice", thread.tid));
+        }
+        if thread.xstate.len() > 1 << 16 || thread.xstate.len() % 8 != 0 {
+            return bad(format!("thread {} has an impossible vector state", thread.tid));
+        }
+    }
+    if task.signals.actions.len() != 64 || task.limits.len() != 16 || task.timers.interval.len() != 3 {
+        return bad("it has too many or too few signal actions, limits or timers".to_owned());
+    }
+    let pending = task.signals.pending.iter().chain(task.threads.iter().flat_map(|t| &t.signals.pending));
+    if pending.into_iter().any(|info| info.len() != 128) {
+        return bad("a pending signal is cut off".to_owned());
+    }
+    let mut last = -1;
+    for descriptor in &task.descriptors {
+        if descriptor.fd <= last || descriptor.fd > MAX_FD {
+            return bad(format!("descriptor {} is out of order", descriptor.fd));
+        }
+        last = descriptor.fd;
+        description(image, &file, descriptor.description)?;
+    }
+    for path in [&task.cwd, &task.root] {
+        if path.first() != Some(&b'/') || path.contains(&0) {
+            return bad(format!("{path:?} is no absolute path"));
+        }
+    }
+    let memory = &task.memory;
+    inode(image, &file, memory.exe)?;
+    let mut end = 0;
+    for vma in &memory.vmas {
+        let aligned = vma.start % PAGE == 0 && vma.end % PAGE == 0;
+        if !aligned || vma.is_empty() || vma.start < end || vma.end > arch::TASK_SIZE {
+            return bad(format!("area {:x}-{:x} overlaps another or is impossible", vma.start, vma.end));
+        }
+        end = vma.end;
+        match &vma.mapping {
+            Mapping::Private { inode: id, offset } | Mapping::Shared { inode: id, offset, .. } => {
+                inode(image, &file, *id)?;
+                if offset % PAGE != 0 || offset.checked_add(vma.len()).is_none_or(|e| e > i64::MAX as u64) {
+                    return bad(format!("area {:x} maps an impossible part of its file", vma.start));
+                }
+            }
+            Mapping::Anonymous { .. } | Mapping::Kernel { .. } => {}
+        }
+    }
+    extents(image, &file, memory.pages, |record| {
+        let after = memory.vmas.partition_point(|v| v.end <= record.address);
+        let mut at = record.address;
+        // A record may run over several areas that lie side by side.
+        for vma in &memory.vmas[after..] {
+            if at >= record.address + record.length {
+                break;
+            }
+            if vma.start > at || !vma.private() && record.place != Where::Guard {
+                return false;
+            }
+            at = vma.end;
+        }
+        at >= record.address + record.length
+    })
+}
+
+fn extents(image: &Image, file: &str, range: Extents, fits: impl Fn(&Record) -> bool) -> Result<()> {
+    let bad = |what: &str| Err(Error::damaged(file, what.to_owned()));
+    let total = image.all_records().len() as u64;
+    if range.first.checked_add(range.count).is_none_or(|end| end > total) {
+        return bad("it refers to page records that do not exist");
+    }
+    let mut end = 0;
+    for record in image.records(range) {
+        let whole = record.address % PAGE == 0 && record.length % PAGE == 0 && record.offset % PAGE == 0;
+        let Some(next) = record.address.checked_add(record.length) else {
+            return bad("a page record runs past the end of all addresses");
+        };
+        if !whole || record.length == 0 || record.address < end || !fits(record) {
+            return bad("a page record is out of order or lies outside of its memory");
+        }
+        end = next;
+        if record.place == Where::Data {
+            let size = image.data_files().find(|(n, _)| *n == record.file).map(|(_, f)| f.size);
+            let fits = |size| record.offset.checked_add(record.length).is_some_and(|e| e <= size);
+            if !size.is_some_and(fits) {
+                return bad("a page record refers to data that does not exist");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn inode(image: &Image, file: &str, id: InodeId) -> Result<()> {
+    known(file, "inode", id.0, image.objects.inodes.len())
+}
+
+fn pipe(image: &Image, id: PipeId) -> Result<()> {
+    known("objects.tpr", "pipe", id.0, image.objects.pipes.len())
+}
+
+fn description(image: &Image, file: &str, id: DescriptionId) -> Result<()> {
+    known(file, "description", id.0, image.objects.descriptions.len())
+}
+
+fn known(file: &str, what: &str, id: u32, count: usize) -> Result<()> {
+    if id as usize >= count {
+        return Err(Error::damaged(file, format!("it refers to {what} {id}, which does not exist")));
+    }
+    Ok(())
+}

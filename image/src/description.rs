@@ -1,0 +1,98 @@
+//! Open file descriptions, and all else that several tasks may share.
+
+use serde::{Deserialize, Serialize};
+
+use crate::epoll::Epoll;
+use crate::eventfd::EventFd;
+use crate::inet::InetSocket;
+use crate::inode::Inode;
+use crate::inotify::Inotify;
+use crate::lock::Flock;
+use crate::pipe::{Pipe, PipeEnd};
+use crate::signalfd::SignalFd;
+use crate::terminal::Terminal;
+use crate::timerfd::TimerFd;
+use crate::unix::UnixSocket;
+use crate::{DescriptionId, InodeId};
+
+/// Everything of the image that is not of one task alone.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Objects {
+    /// Open file descriptions; number N is at index N.
+    pub descriptions: Vec<Description>,
+    /// Files; number N is at index N.
+    pub inodes: Vec<Inode>,
+    /// Pipes and opened FIFOs; number N is at index N.
+    pub pipes: Vec<Pipe>,
+}
+
+/// An open file description: what `dup` and `fork` share.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Description {
+    /// Its number in this image.
+    pub id: DescriptionId,
+    /// Status flags and access mode (`O_*`, fcntl(F_GETFL)).
+    pub flags: u32,
+    /// File position.
+    pub position: u64,
+    /// Who gets SIGIO.
+    pub owner: Option<Owner>,
+    /// The flock(2) or open-file-description lock it holds.
+    pub flock: Option<Flock>,
+    /// What it is open on.
+    pub kind: Kind,
+}
+
+/// What a description is open on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Kind {
+    /// A regular file, directory, device or memfd.
+    File(InodeId),
+    /// One end of a pipe, or a FIFO.
+    Pipe(PipeEnd),
+    /// eventfd(2)
+    EventFd(EventFd),
+    /// timerfd_create(2)
+    TimerFd(TimerFd),
+    /// signalfd(2)
+    SignalFd(SignalFd),
+    /// epoll_create(2)
+    Epoll(Epoll),
+    /// inotify_init(2)
+    Inotify(Inotify),
+    /// A Unix socket.
+    Unix(UnixSocket),
+    /// An IPv4 or IPv6 socket.
+    Inet(InetSocket),
+    /// A terminal.
+    Terminal(Terminal),
+}
+
+/// fcntl(F_SETOWN_EX) and F_SETSIG
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owner {
+    /// `F_OWNER_TID`, `F_OWNER_PID` or `F_OWNER_PGRP`.
+    pub kind: i32,
+    /// Whom.
+    pub id: i32,
+    /// The signal, 0 for SIGIO.
+    pub signal: i32,
+}
+
+impl Kind {
+    /// One word for messages.
+    pub fn noun(&self) -> &'static str {
+        match self {
+            Kind::File(_) => "file",
+            Kind::Pipe(_) => "pipe",
+            Kind::EventFd(_) => "eventfd",
+            Kind::TimerFd(_) => "timerfd",
+            Kind::SignalFd(_) => "signalfd",
+            Kind::Epoll(_) => "epoll",
+            Kind::Inotify(_) => "inotify",
+            Kind::Unix(_) => "unix socket",
+            Kind::Inet(_) => "tcp socket",
+            Kind::Terminal(_) => "terminal",
+        }
+    }
+}

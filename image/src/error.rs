@@ -1,0 +1,81 @@
+//! What can be wrong with an image or with writing one.
+
+use std::io;
+use std::path::PathBuf;
+
+/// Reading or writing an image failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file operation failed.
+    #[error("cannot {operation} `{}`: {source}", path.display())]
+    File {
+        /// What was tried.
+        operation: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// There is no image in the directory.
+    #[error("`{}` holds no image: it has no manifest.tpr; name the directory a dump was written to", path.display())]
+    NoImage {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The directory of a new dump holds an image already.
+    #[error("`{}` already holds an image; name another directory, or remove that image first", path.display())]
+    Occupied {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A file is not what it must be.
+    #[error("`{file}` is damaged: {what}; take the image from its source again (`torpor verify` checks all of it)")]
+    Damaged {
+        /// Name inside the image.
+        file: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// The image is of a format this program cannot read.
+    #[error(
+        "the image is of format {major}.{minor}, this torpor reads up to {}.x; use a newer torpor",
+        crate::header::MAJOR
+    )]
+    TooNew {
+        /// Format of the image.
+        major: u16,
+        /// Its minor part.
+        minor: u16,
+    },
+    /// The image was taken on another kind of machine.
+    #[error("the image was taken on {image}, this is {here}; restore it on a machine of its kind")]
+    OtherMachine {
+        /// Machine of the image.
+        image: String,
+        /// This machine.
+        here: &'static str,
+    },
+    /// A body could not be encoded.
+    #[error("cannot encode {what}: {why}")]
+    Encode {
+        /// The body.
+        what: &'static str,
+        /// The encoder's word.
+        why: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn file(operation: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Error::File { operation, path, source }
+    }
+
+    pub(crate) fn damaged(file: &str, what: impl Into<String>) -> Self {
+        Error::Damaged { file: file.to_owned(), what: what.into() }
+    }
+}
+
+/// The result of image operations.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,0 +1,82 @@
+//! Files behind descriptions and mappings.
+
+use serde::{Deserialize, Serialize};
+
+use crate::extent::Extents;
+use crate::{Bytes, InodeId};
+
+/// A file: found again by its path, or with its contents in the image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inode {
+    /// Its number in this image.
+    pub id: InodeId,
+    /// Where it comes from.
+    pub source: Source,
+    /// Device number at the dump.
+    pub device: u64,
+    /// Inode number at the dump.
+    pub number: u64,
+    /// `st_mode`: type and permissions.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Size in bytes at the dump.
+    pub size: u64,
+    /// Modification time at the dump, nanoseconds since 1970.
+    pub modified: i64,
+}
+
+/// Where an inode is found at the restore.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Source {
+    /// By its path: a regular file, directory, device or FIFO that must be there.
+    Path {
+        /// The path.
+        path: Bytes,
+    },
+    /// It had no name any more; made again without one.
+    Deleted {
+        /// The path it once had.
+        path: Bytes,
+        /// Its contents.
+        content: Extents,
+    },
+    /// A memfd.
+    Memfd {
+        /// Name given to memfd_create.
+        name: Bytes,
+        /// `F_GET_SEALS`
+        seals: u32,
+        /// Its contents.
+        content: Extents,
+    },
+    /// Anonymous shared memory (`MAP_SHARED | MAP_ANONYMOUS`), which no descriptor can name.
+    SharedMemory {
+        /// Its contents.
+        content: Extents,
+    },
+}
+
+impl Inode {
+    /// Contents in the image, if it has any there.
+    pub fn content(&self) -> Option<Extents> {
+        match self.source {
+            Source::Path { .. } => None,
+            Source::Deleted { content, .. }
+            | Source::Memfd { content, .. }
+            | Source::SharedMemory { content } => Some(content),
+        }
+    }
+
+    /// A name for people.
+    pub fn name(&self) -> String {
+        match &self.source {
+            Source::Path { path } => path.to_string(),
+            Source::Deleted { path, .. } => format!("{path} (deleted)"),
+            Source::Memfd { name, .. } => format!("memfd:{name}"),
+            Source::SharedMemory { .. } => "shared memory".to_owned(),
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! File locks.
+
+use serde::{Deserialize, Serialize};
+
+use crate::InodeId;
+
+/// A lock that belongs to an open file description.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Flock {
+    /// flock(2)
+    Whole {
+        /// `LOCK_EX` or `LOCK_SH`.
+        exclusive: bool,
+    },
+}
+
+/// A lock that belongs to a process (fcntl(F_SETLK)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PosixLock {
+    /// A descriptor number of the process on the file.
+    pub fd: i32,
+    /// The file.
+    pub inode: Option<InodeId>,
+    /// `F_WRLCK` or `F_RDLCK`.
+    pub exclusive: bool,
+    /// First byte.
+    pub start: u64,
+    /// Last byte; `None` for the end of the file, wherever it may be.
+    pub end: Option<u64>,
+}

@@ -1,0 +1,27 @@
+//! pipe(7) and fifo(7)
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Bytes, InodeId, PipeId};
+
+/// A pipe or an opened FIFO.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pipe {
+    /// Its number in this image.
+    pub id: PipeId,
+    /// Inode number at the dump, as in `pipe:[N]`.
+    pub number: u64,
+    /// `F_GETPIPE_SZ`, in bytes.
+    pub capacity: u32,
+    /// Bytes in it.
+    pub data: Bytes,
+    /// The FIFO's file, for one that has a name.
+    pub fifo: Option<InodeId>,
+}
+
+/// A description's end of a pipe; its flags say which.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PipeEnd {
+    /// The pipe.
+    pub pipe: PipeId,
+}

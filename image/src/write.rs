@@ -1,0 +1,255 @@
+//! Writing an image.
+//!
+//! All files are made in a hidden directory inside the image's, and moved up when they are complete, the
+//! manifest last. A dump that died leaves nothing that looks like an image; what it does leave is removed
+//! by the next dump into the same directory, which can tell by the lock that nobody holds any more.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::description::Objects;
+use crate::extent::{Extents, PAGE, Record};
+use crate::header::{self, Kind};
+use crate::manifest::{ImageFile, Manifest};
+use crate::task::Task;
+use crate::{Error, Result};
+
+const PARTIAL: &str = ".torpor-partial-";
+
+/// An image being written. Dropped before [`ImageWriter::finish`], it leaves nothing behind.
+#[derive(Debug)]
+pub struct ImageWriter {
+    dir: PathBuf,
+    made_dir: bool,
+    partial: PathBuf,
+    lock: Option<File>,
+    files: Vec<ImageFile>,
+    index: Vec<u8>,
+    fsync: bool,
+}
+
+impl ImageWriter {
+    /// Prepares `dir`, which is made if missing and refused if it holds an image. With `fsync` everything
+    /// is on stable storage before [`ImageWriter::finish`] returns.
+    pub fn create(dir: &Path, fsync: bool) -> Result<Self> {
+        let mut builder = DirBuilder::new();
+        let made_dir = match builder.mode(0o700).create(dir) {
+            Ok(()) => true,
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => false,
+            Err(e) => return Err(Error::file("make directory", dir)(e)),
+        };
+        let result = Self::prepare(dir, made_dir, fsync);
+        if result.is_err() && made_dir {
+            let _best_effort = fs::remove_dir(dir);
+        }
+        result
+    }
+
+    fn prepare(dir: &Path, made_dir: bool, fsync: bool) -> Result<Self> {
+        if dir.join(Manifest::FILE).symlink_metadata().is_ok() {
+            return Err(Error::Occupied { path: dir.to_owned() });
+        }
+        remove_abandoned(dir)?;
+        let partial = dir.join(format!("{PARTIAL}{}-{:x}", std::process::id(), unique()));
+        DirBuilder::new().mode(0o700).create(&partial).map_err(Error::file("make directory", &partial))?;
+        let mut writer = ImageWriter {
+            dir: dir.to_owned(),
+            made_dir,
+            partial,
+            lock: None,
+            files: Vec::new(),
+            index: Vec::new(),
+            fsync,
+        };
+        let lock = File::open(&writer.partial).map_err(Error::file("open", &writer.partial))?;
+        // A failure only means that another dump could take this one for abandoned.
+        let _locked = lock.try_lock();
+        writer.lock = Some(lock);
+        Ok(writer)
+    }
+
+    /// Opens data file number `number` for appending. Several may be written at once, each by one thread.
+    pub fn data_file(&self, number: u32) -> Result<DataFile> {
+        let name = data_file_name(number);
+        let path = self.partial.join(&name);
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(Error::file("create", &path))?;
+        Ok(DataFile { file, path, name, number, size: 0, crc: 0 })
+    }
+
+    /// Takes a complete data file into the image; an empty one is dropped.
+    pub fn add_data_file(&mut self, data: DataFile) -> Result<()> {
+        if data.size == 0 {
+            return fs::remove_file(&data.path).map_err(Error::file("remove", &data.path));
+        }
+        if self.fsync {
+            data.file.sync_all().map_err(Error::file("fsync", &data.path))?;
+        }
+        self.files.push(ImageFile { name: data.name, size: data.size, crc32c: data.crc });
+        Ok(())
+    }
+
+    /// Adds records, sorted by address, to the index.
+    pub fn add_records(&mut self, records: &[Record]) -> Extents {
+        let first = (self.index.len() / crate::extent::RECORD) as u64;
+        for record in records {
+            self.index.extend_from_slice(&record.encode());
+        }
+        Extents { first, count: records.len() as u64 }
+    }
+
+    /// Adds a process.
+    pub fn add_task(&mut self, task: &Task) -> Result<()> {
+        self.add_body(&Task::file(task.pid), Kind::Task, &encode("a task", task)?)
+    }
+
+    /// Adds the shared objects.
+    pub fn add_objects(&mut self, objects: &Objects) -> Result<()> {
+        self.add_body("objects.tpr", Kind::Objects, &encode("the objects", objects)?)
+    }
+
+    /// Completes the image: index and manifest are written and everything gets its name.
+    pub fn finish(mut self, mut manifest: Manifest) -> Result<Manifest> {
+        let index = std::mem::take(&mut self.index);
+        self.add_body("pages.idx", Kind::Index, &index)?;
+        manifest.files = std::mem::take(&mut self.files);
+        let body = encode("the manifest", &manifest)?;
+        self.write(Manifest::FILE, Kind::Manifest, &body)?;
+        let names = manifest.files.iter().map(|f| f.name.as_str()).chain([Manifest::FILE]);
+        for name in names {
+            let to = self.dir.join(name);
+            fs::rename(self.partial.join(name), &to).map_err(Error::file("rename", &to))?;
+        }
+        if self.fsync {
+            let dir = File::open(&self.dir).map_err(Error::file("open", &self.dir))?;
+            dir.sync_all().map_err(Error::file("fsync", &self.dir))?;
+        }
+        self.made_dir = false;
+        Ok(manifest)
+    }
+
+    fn add_body(&mut self, name: &str, kind: Kind, body: &[u8]) -> Result<()> {
+        let file = self.write(name, kind, body)?;
+        self.files.push(file);
+        Ok(())
+    }
+
+    fn write(&self, name: &str, kind: Kind, body: &[u8]) -> Result<ImageFile> {
+        let path = self.partial.join(name);
+        let mut content = Vec::with_capacity(header::LEN + body.len());
+        content.extend_from_slice(&header::encode(kind, body));
+        content.extend_from_slice(body);
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(Error::file("create", &path))?;
+        file.write_all_at(&content, 0).map_err(Error::file("write", &path))?;
+        if self.fsync {
+            file.sync_all().map_err(Error::file("fsync", &path))?;
+        }
+        Ok(ImageFile {
+            name: name.to_owned(),
+            size: content.len() as u64,
+            crc32c: crc32c::crc32c(&content),
+        })
+    }
+}
+
+impl Drop for ImageWriter {
+    fn drop(&mut self) {
+        let _best_effort = fs::remove_dir_all(&self.partial);
+        if self.made_dir {
+            let _best_effort = fs::remove_dir(&self.dir);
+        }
+    }
+}
+
+/// A data file being written.
+#[derive(Debug)]
+pub struct DataFile {
+    file: File,
+    path: PathBuf,
+    name: String,
+    number: u32,
+    size: u64,
+    crc: u32,
+}
+
+impl DataFile {
+    /// Its number, for [`Record::file`].
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// Where the next bytes will lie.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The open file, for those who write it in other ways than [`DataFile::append`].
+    pub fn as_raw_fd(&self) -> i32 {
+        self.file.as_raw_fd()
+    }
+
+    /// Appends `bytes`, filled up with zeros to a whole page, and says where they begin.
+    pub fn append(&mut self, bytes: &[u8]) -> Result<u64> {
+        let at = self.size;
+        self.put(bytes)?;
+        let rest = bytes.len() as u64 % PAGE;
+        if rest != 0 {
+            self.put(&[0u8; PAGE as usize][rest as usize..])?;
+        }
+        Ok(at)
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all_at(bytes, self.size).map_err(Error::file("write", &self.path))?;
+        self.crc = crc32c::crc32c_append(self.crc, bytes);
+        self.size += bytes.len() as u64;
+        Ok(())
+    }
+}
+
+/// Name of data file `number`.
+pub fn data_file_name(number: u32) -> String {
+    format!("pages-{number}.dat")
+}
+
+fn encode<T: Serialize>(what: &'static str, value: &T) -> Result<Vec<u8>> {
+    rmp_serde::to_vec_named(value).map_err(|e| Error::Encode { what, why: e.to_string() })
+}
+
+/// Removes what dumps that died have left in `dir`.
+fn remove_abandoned(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir).map_err(Error::file("list", dir))? {
+        let entry = entry.map_err(Error::file("list", dir))?;
+        let path = entry.path();
+        if !entry.file_name().to_string_lossy().starts_with(PARTIAL) {
+            continue;
+        }
+        if let Ok(lock) = File::open(&path)
+            && lock.try_lock().is_ok()
+        {
+            fs::remove_dir_all(&path).map_err(Error::file("remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
+/// A number that two dumps of one process into one directory do not share.
+fn unique() -> u64 {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}

@@ -1,0 +1,29 @@
+//! The kernel, as Torpor sees it: thin, typed wrappers and parsers, no policy.
+//!
+//! What nix and libc have, callers take from there. Here stands what they lack, or what existing crates get
+//! wrong for a dumper: /proc parsers that work on bytes and lose nothing, ptrace requests beyond the common
+//! ones, `PAGEMAP_SCAN`, `sock_diag`, `kcmp`, and probes of what the running kernel grants us.
+//!
+//! Two rules hold everywhere: nothing panics on odd input (what /proc prints can be influenced by the process
+//! under inspection), and an error names the call, the object and the errno.
+
+pub mod abi;
+mod error;
+pub mod fdinfo;
+pub mod fds;
+pub mod ids;
+pub mod maps;
+pub mod memory;
+pub mod mountinfo;
+pub mod pagemap;
+pub mod probe;
+pub mod process;
+pub mod ptrace;
+pub mod sock_diag;
+pub mod stat;
+pub mod status;
+mod text;
+pub mod timers;
+
+pub use error::{Error, Result};
+pub use ids::{Pid, RemoteAddr, Tid};
