@@ -197,6 +197,7 @@ impl<'a> Infected<'a> {
             libc::SYS_munmap as u64,
             [self.base, self.length, 0, 0, 0, 0],
         );
+        let unmap = unmap.returning_to(self.gadgets.sigreturn);
         let pretcode = self.gadgets.sigreturn;
         let (first, second) = bytes.split_at_mut(size);
         arch::SignalFrame::write(first, self.unmap_frame, pretcode, &unmap, u64::MAX, &leader.xstate);
@@ -240,7 +241,10 @@ impl<'a> Infected<'a> {
     /// Makes the leader do one system call; untraced, it would go on into the frame at `then`.
     fn call(&mut self, nr: i64, args: [u64; 6], then: u64) -> Result<i64> {
         let leader = &self.threads[0];
-        let regs = leader.registers.with_call(self.gadgets.syscall, then, nr as u64, args);
+        let regs = leader
+            .registers
+            .with_call(self.gadgets.syscall, then, nr as u64, args)
+            .returning_to(self.gadgets.sigreturn);
         // Registers before the mask: with the mask alone changed, an untraced thread would stay deaf.
         ptrace::set_registers(leader.tid, &regs).map_err(self.kernel("setting its registers"))?;
         ptrace::set_signal_mask(leader.tid, u64::MAX).map_err(self.kernel("blocking its signals"))?;
@@ -303,6 +307,7 @@ impl<'a> Infected<'a> {
             }
             if let Some((placed, _)) = seat.script {
                 let around = Surroundings {
+                    base: self.arena,
                     shared: 0,
                     contexts: 0,
                     stacks: 0,

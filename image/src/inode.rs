@@ -70,6 +70,11 @@ impl Inode {
         }
     }
 
+    /// Whether it is anonymous shared memory.
+    pub fn is_shared_memory(&self) -> bool {
+        matches!(self.source, Source::SharedMemory { .. })
+    }
+
     /// A name for people.
     pub fn name(&self) -> String {
         match &self.source {

@@ -39,6 +39,8 @@ pub enum Value {
     Word(Data),
     /// The result of an earlier operation.
     Result(OpId),
+    /// The address of the result of an earlier operation.
+    ResultAddress(OpId),
     /// The number that a descriptor opened outside has in the task.
     Descriptor(u32),
     /// The address of a word shared by all scripts of the arena.
@@ -98,6 +100,8 @@ pub struct Step {
 pub struct Script {
     steps: Vec<Step>,
     data: Vec<u8>,
+    /// Words of the data area that must hold the address of others.
+    pointers: Vec<(Data, Data)>,
 }
 
 /// Where a script lies in an arena.
@@ -113,6 +117,8 @@ pub struct Placed {
 
 /// What encoding needs to know of the arena.
 pub struct Surroundings<'a> {
+    /// Address of the arena in the task.
+    pub base: u64,
     /// Offset of the words shared by all scripts.
     pub shared: u64,
     /// Offset of the first context; the others follow.
@@ -195,6 +201,11 @@ impl Script {
         expected: i64,
     ) -> OpId {
         self.push(kind::CALL, purpose, nr, args, expect::EXACT, expected)
+    }
+
+    /// Makes the eight bytes at `slot` hold the address of `target`: for structures with pointers.
+    pub fn point(&mut self, slot: Data, target: Data) {
+        self.pointers.push((slot, target));
     }
 
     /// Copies `len` bytes from `from` to `to`.
@@ -288,6 +299,10 @@ impl Script {
                     Value::Address(d) => (arg::ARENA, placed.data + u64::from(d.offset)),
                     Value::Word(d) => (arg::WORD, placed.data + u64::from(d.offset)),
                     Value::Result(of) => (arg::RESULT, u64::from(of.0)),
+                    Value::ResultAddress(of) => {
+                        let result = std::mem::offset_of!(Op, result) as u64;
+                        (arg::ARENA, placed.ops + u64::from(of.0) * size_of::<Op>() as u64 + result)
+                    }
                     Value::Descriptor(d) => (arg::VALUE, (around.descriptor)(d) as i64 as u64),
                     Value::Shared(word) => (arg::ARENA, around.shared + 4 * u64::from(word)),
                     Value::Context(c) => {
@@ -301,7 +316,12 @@ impl Script {
             let at = placed.ops as usize + i * size_of::<Op>();
             arena[at..at + size_of::<Op>()].copy_from_slice(op.bytes());
         }
-        arena[placed.data as usize..placed.end as usize].copy_from_slice(&self.data);
+        let data = &mut arena[placed.data as usize..placed.end as usize];
+        data.copy_from_slice(&self.data);
+        for (slot, target) in &self.pointers {
+            let address = around.base + placed.data + u64::from(target.offset);
+            data[slot.offset as usize..][..8].copy_from_slice(&address.to_ne_bytes());
+        }
     }
 
     /// Reads what the operations left in `arena`.
@@ -382,6 +402,7 @@ mod tests {
         let placed = script.place(256);
         let mut arena = vec![0u8; placed.end as usize];
         let around = Surroundings {
+            base: arena.as_ptr() as u64,
             shared: 0,
             contexts: 0,
             stacks: 0,

@@ -1,1 +1,54 @@
-//! placeholder
+//! Restores an image.
+//!
+//! ```no_run
+//! use torpor_image::Image;
+//! use torpor_restorer::{Host, Options, plan, prepare};
+//!
+//! # fn main() -> Result<(), torpor_restorer::Error> {
+//! let image = Image::open("image".as_ref())?; // reads and checks
+//! let plan = plan(&image, &Host::probe()?, &Options::default())?; // pure
+//! print!("{plan}");
+//! let prepared = prepare(&image, &plan, None)?; // builds everything, stopped
+//! let running = prepared.resume(false); // cannot fail; or abort()
+//! println!("{}", running.pid()); // a child of this process
+//! # Ok(())
+//! # }
+//! ```
+//! There is no global state: two restores may run at once in one process, each in a thread of its own.
+
+mod arena;
+mod birth;
+mod credentials;
+mod description;
+mod epoll;
+mod error;
+mod eventfd;
+mod holder;
+mod host;
+mod inet;
+mod inode;
+mod inotify;
+mod lock;
+mod memory;
+mod open;
+mod pipe;
+mod plan;
+mod run;
+mod scheduling;
+mod signal;
+mod signalfd;
+mod socket;
+mod task;
+mod terminal;
+#[cfg(test)]
+mod tests;
+mod thread;
+mod timer;
+mod timerfd;
+mod unix;
+mod vma;
+
+pub use error::{Error, Result};
+pub use host::Host;
+pub use plan::{Options, Plan, plan};
+pub use run::{Prepared, Running, prepare};

@@ -13,3 +13,14 @@ pub fn component_names(mask: u64) -> impl Iterator<Item = &'static str> {
     const NAMES: [&str; 1] = ["FP and SIMD"];
     NAMES.iter().enumerate().filter(move |(i, _)| mask & (1 << i) != 0).map(|(_, name)| *name)
 }
+
+/// The thread pointer of the calling thread.
+#[cfg(target_arch = "aarch64")]
+pub fn thread_pointer() -> u64 {
+    let pointer: u64;
+    // SAFETY: reads a register that user code may read.
+    unsafe {
+        core::arch::asm!("mrs {}, tpidr_el0", out(reg) pointer, options(nomem, nostack, preserves_flags));
+    }
+    pointer
+}

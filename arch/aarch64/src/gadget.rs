@@ -23,3 +23,6 @@ pub const SIGRETURN_PATTERNS: &[&[u8]] = &[
         0x01, 0x00, 0x00, 0xd4, // svc #0
     ],
 ];
+
+/// A system call instruction (`svc #0`), for a call after which the tracer is in control.
+pub const SYSCALL_INSTRUCTION: &[u8] = &[0x01, 0x00, 0x00, 0xd4];

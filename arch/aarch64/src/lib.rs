@@ -16,7 +16,7 @@ mod registers;
 mod stub;
 
 pub use frame::{SignalFrame, xstate_components};
-pub use gadget::{SIGRETURN_PATTERNS, SYSCALL_PATTERNS};
+pub use gadget::{SIGRETURN_PATTERNS, SYSCALL_INSTRUCTION, SYSCALL_PATTERNS};
 pub use registers::Registers;
 #[cfg(target_arch = "aarch64")]
 pub use stub::{leave, sigreturn, spawn, syscall};

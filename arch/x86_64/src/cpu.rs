@@ -17,6 +17,17 @@ pub fn xstate_features() -> u64 {
     u64::from(high) << 32 | u64::from(low)
 }
 
+/// The thread pointer of the calling thread: its thread control block, whose first word points to itself.
+pub fn thread_pointer() -> u64 {
+    let pointer: u64;
+    // SAFETY: reads the word at fs:0, which the ABI reserves for this (System V ABI, "thread-local
+    // storage").
+    unsafe {
+        asm!("mov {}, fs:0", out(reg) pointer, options(nostack, preserves_flags, readonly));
+    }
+    pointer
+}
+
 /// Names of the xsave components in `mask`, for messages.
 pub fn component_names(mask: u64) -> impl Iterator<Item = &'static str> {
     const NAMES: [&str; 20] = [

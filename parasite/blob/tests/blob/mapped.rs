@@ -35,6 +35,7 @@ impl Mapped {
         let placed = script.place(size_of::<Context>() as u64);
         let mapped = Self { base, script, placed };
         let around = Surroundings {
+            base: 0,
             shared: 0,
             contexts: 0,
             stacks: 0,

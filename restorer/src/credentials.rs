@@ -1,0 +1,102 @@
+//! Planning credentials: last of all, since most other calls need the privilege that goes here.
+
+use torpor_image::credentials::Credentials;
+use torpor_parasite::call;
+use torpor_parasite::script::{Script, Value};
+
+use crate::host::Host;
+
+const SECBIT_KEEP_CAPS: u32 = 1 << 4;
+/// The bits that lock others (linux/securebits.h, `SECURE_ALL_LOCKS`).
+const SECURE_ALL_LOCKS: u32 = 0xaa;
+const LINUX_CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+
+/// Gives a thread its credentials; nothing where it has them already.
+pub(crate) fn plan(script: &mut Script, wanted: &Credentials, host: &Host) {
+    let have = &host.credentials;
+    let no_new_privileges = |script: &mut Script| {
+        if wanted.no_new_privileges && !have.no_new_privileges {
+            let args = [Value::from(libc::PR_SET_NO_NEW_PRIVS), 1.into(), 0.into(), 0.into(), 0.into()];
+            script.call("no_new_privs", libc::SYS_prctl, &args);
+        }
+    };
+    if (Credentials { no_new_privileges: have.no_new_privileges, ..wanted.clone() }) == *have {
+        no_new_privileges(script);
+        return;
+    }
+    let prctl = |script: &mut Script, purpose: String, args: &[u64]| {
+        let args: Vec<Value> = args.iter().map(|a| Value::Number(*a)).collect();
+        script.call(purpose, libc::SYS_prctl, &args);
+    };
+    if wanted.groups != have.groups {
+        let bytes: Vec<u8> = wanted.groups.iter().flat_map(|g| g.to_ne_bytes()).collect();
+        let data = script.data(&bytes);
+        call!(script, "supplementary groups", libc::SYS_setgroups, wanted.groups.len(), data);
+    }
+    for capability in 0..=host.last_capability {
+        let bit = 1u64 << capability;
+        if wanted.bounding & bit == 0 && have.bounding & bit != 0 {
+            prctl(
+                script,
+                format!("the bounding set (capability {capability})"),
+                &[libc::PR_CAPBSET_DROP as u64, u64::from(capability)],
+            );
+        }
+    }
+    let changes_bits = wanted.securebits != have.securebits;
+    let changes_ids = wanted.uids != have.uids || wanted.gids != have.gids;
+    if changes_ids {
+        // Permitted capabilities must outlive the change of user id; what is to go goes by capset below.
+        let keep = (wanted.securebits & !SECURE_ALL_LOCKS) | SECBIT_KEEP_CAPS;
+        if changes_bits {
+            prctl(script, "securebits".into(), &[libc::PR_SET_SECUREBITS as u64, u64::from(keep)]);
+        } else if have.permitted != 0 {
+            prctl(script, "keeping capabilities".into(), &[libc::PR_SET_KEEPCAPS as u64, 1]);
+        }
+        let [real, effective, saved, fs] = wanted.gids;
+        call!(script, "group ids", libc::SYS_setresgid, real, effective, saved);
+        if fs != effective {
+            script.try_call("the file system group id", libc::SYS_setfsgid, &[fs.into()]);
+        }
+        let [real, effective, saved, fs] = wanted.uids;
+        call!(script, "user ids", libc::SYS_setresuid, real, effective, saved);
+        if fs != effective {
+            script.try_call("the file system user id", libc::SYS_setfsuid, &[fs.into()]);
+        }
+    }
+    // The most that may be had, for what comes next.
+    let all = have.permitted;
+    capset(script, all, all, wanted.inheritable | have.inheritable & all);
+    if changes_bits {
+        prctl(script, "securebits".into(), &[libc::PR_SET_SECUREBITS as u64, u64::from(wanted.securebits)]);
+    } else if changes_ids && have.permitted != 0 && wanted.securebits & SECBIT_KEEP_CAPS == 0 {
+        prctl(script, "keeping capabilities".into(), &[libc::PR_SET_KEEPCAPS as u64, 0]);
+    }
+    // Ambient capabilities are dropped by the changes above and need both other sets to be raised again.
+    capset(script, wanted.permitted, wanted.effective, wanted.inheritable);
+    for capability in 0..=host.last_capability {
+        if wanted.ambient & (1 << capability) != 0 {
+            prctl(
+                script,
+                format!("ambient capability {capability}"),
+                &[
+                    libc::PR_CAP_AMBIENT as u64,
+                    libc::PR_CAP_AMBIENT_RAISE as u64,
+                    u64::from(capability),
+                    0,
+                    0,
+                ],
+            );
+        }
+    }
+    no_new_privileges(script);
+}
+
+fn capset(script: &mut Script, permitted: u64, effective: u64, inheritable: u64) {
+    let header = script.data(&[LINUX_CAPABILITY_VERSION_3.to_ne_bytes(), [0; 4]].concat());
+    let halves = |shift: u32| {
+        [effective, permitted, inheritable].map(|set| ((set >> shift) as u32).to_ne_bytes()).concat()
+    };
+    let data = script.data(&[halves(0), halves(32)].concat());
+    call!(script, "capabilities", libc::SYS_capset, header, data);
+}

@@ -1,0 +1,189 @@
+//! Open file descriptions: planning which number each gets, and making them outside of the task.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use torpor_image::description::{Description, Kind};
+use torpor_image::lock::Flock;
+use torpor_image::task::Task;
+use torpor_image::unix::State;
+use torpor_image::{DescriptionId, Image};
+use torpor_parasite::call;
+use torpor_parasite::script::{OpId, Script, Value};
+
+use crate::error::{Error, Result};
+use crate::open::Opener;
+use crate::plan::{Open, Planner};
+use crate::{eventfd, inet, inode, inotify, pipe, signalfd, terminal, timerfd, unix};
+
+/// asm-generic/fcntl.h
+const F_SETSIG: i32 = 10;
+const F_SETOWN_EX: i32 = 15;
+
+/// Where the descriptions of a task are while its table is being built.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Numbers {
+    /// The first number that the finished table does not use.
+    pub(crate) spare: i32,
+    aside: BTreeMap<DescriptionId, OpId>,
+}
+
+impl Numbers {
+    /// A number for a description until the spare ones are closed.
+    pub(crate) fn source(&self, id: DescriptionId) -> Value {
+        self.aside.get(&id).map_or(Value::Number(u64::MAX), |op| Value::Result(*op))
+    }
+}
+
+/// Builds the descriptor table: every description is first duplicated to a number above all that are
+/// wanted, so that none is overwritten before it was copied, and from there to its own numbers.
+pub(crate) fn plan(script: &mut Script, planner: &mut Planner<'_>, task: &Task) -> Numbers {
+    let spare = task.descriptors.last().map_or(0, |d| d.fd + 1);
+    let mut numbers = Numbers { spare, aside: BTreeMap::new() };
+    let mut wanted: Vec<DescriptionId> = task.descriptors.iter().map(|d| d.description).collect();
+    // A set may watch what no number is left for.
+    for id in wanted.clone() {
+        if let Kind::Epoll(epoll) = &planner.image.objects.descriptions[id.0 as usize].kind {
+            wanted.extend(epoll.targets.iter().map(|t| t.description));
+        }
+    }
+    wanted.sort_by_key(|id| (rank(&planner.image.objects.descriptions[id.0 as usize]), *id));
+    wanted.dedup();
+    for id in wanted {
+        let slot = planner.open(Open::Description(id));
+        let purpose = format!("{} {id}", planner.image.objects.descriptions[id.0 as usize].kind.noun());
+        let args = [planner.descriptor(slot), libc::F_DUPFD_CLOEXEC.into(), spare.into()];
+        numbers.aside.insert(id, script.call(purpose, libc::SYS_fcntl, &args));
+    }
+    for descriptor in &task.descriptors {
+        let flags = if descriptor.close_on_exec { libc::O_CLOEXEC } else { 0 };
+        let source = numbers.source(descriptor.description);
+        script.call_for(
+            format!("fd {}", descriptor.fd),
+            libc::SYS_dup3,
+            &[source, descriptor.fd.into(), flags.into()],
+            i64::from(descriptor.fd),
+        );
+    }
+    numbers
+}
+
+/// Who gets SIGIO; the numbers are in place, and the owner, if it is this task, exists.
+pub(crate) fn owners(script: &mut Script, image: &Image, task: &Task) {
+    let mut done = Vec::new();
+    for descriptor in &task.descriptors {
+        let description = &image.objects.descriptions[descriptor.description.0 as usize];
+        let Some(owner) = description.owner else { continue };
+        if done.contains(&descriptor.description) {
+            continue;
+        }
+        done.push(descriptor.description);
+        let purpose = format!("the owner of fd {}", descriptor.fd);
+        let data = script.data(&[owner.kind.to_ne_bytes(), owner.id.to_ne_bytes()].concat());
+        // The owner may have been outside of the image and be gone.
+        script.try_call(purpose.clone(), libc::SYS_fcntl, &[descriptor.fd.into(), F_SETOWN_EX.into(), data.into()]);
+        if owner.signal != 0 {
+            call!(script, purpose.clone(), libc::SYS_fcntl, descriptor.fd, F_SETSIG, owner.signal);
+        }
+        if description.flags & libc::O_ASYNC as u32 != 0 {
+            call!(script, purpose, libc::SYS_fcntl, descriptor.fd, libc::F_SETFL, description.flags);
+        }
+    }
+}
+
+/// Closes every number that is not of the finished table.
+pub(crate) fn close_others(script: &mut Script, task: &Task) {
+    let mut from = 0i64;
+    for next in task.descriptors.iter().map(|d| i64::from(d.fd)).chain([i64::from(u32::MAX) + 1]) {
+        if next > from {
+            call!(script, "closing what is not its own", libc::SYS_close_range, from, next - 1, 0);
+        }
+        from = next + 1;
+    }
+}
+
+/// In which order descriptions are made: what others connect to first; watches last, lest they see
+/// torpor's own doings.
+fn rank(description: &Description) -> u8 {
+    match &description.kind {
+        Kind::Unix(socket) => match socket.state {
+            State::Listening { .. } => 1,
+            State::Connected { .. } => 2,
+            State::Waiting { .. } => 3,
+            _ => 0,
+        },
+        Kind::Inotify(_) => 5,
+        _ => 0,
+    }
+}
+
+/// Makes a description.
+pub(crate) fn open(opener: &mut Opener<'_>, id: DescriptionId) -> Result<OwnedFd> {
+    let description = &opener.image.objects.descriptions[id.0 as usize];
+    let what = opener.name(id);
+    let fd = match &description.kind {
+        Kind::File(inode) => inode::open(opener, &what, *inode, description.flags)?,
+        Kind::Pipe(end) => pipe::open(opener, &what, end, description.flags)?,
+        Kind::EventFd(eventfd) => eventfd::open(&what, eventfd)?,
+        Kind::TimerFd(timer) => timerfd::open(&what, timer, opener.image.manifest.taken_at)?,
+        Kind::SignalFd(signalfd) => signalfd::open(&what, signalfd)?,
+        Kind::Epoll(_) => {
+            // SAFETY: epoll_create1 takes a number only.
+            owned(&what, "epoll_create1", unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?
+        }
+        Kind::Inotify(inotify) => inotify::open(&what, inotify)?,
+        Kind::Unix(socket) => unix::open(opener, &what, socket)?,
+        Kind::Inet(socket) => inet::open(&what, socket)?,
+        Kind::Terminal(terminal) => terminal::open(opener, &what, id, terminal)?,
+    };
+    if !matches!(description.kind, Kind::Terminal(_)) && description.flags & libc::O_PATH as u32 == 0 {
+        settle(&what, &fd, description)?;
+    }
+    Ok(fd)
+}
+
+/// Status flags, position and lock.
+fn settle(what: &str, fd: &OwnedFd, description: &Description) -> Result<()> {
+    // What F_SETFL can change; the rest was given to open(2).
+    let flags = description.flags as i32 & (libc::O_APPEND | libc::O_NONBLOCK | libc::O_DIRECT | libc::O_NOATIME);
+    let access = description.flags as i32 & libc::O_ACCMODE;
+    // SAFETY: these take numbers only.
+    unsafe {
+        let now = libc::fcntl(fd.as_raw_fd(), libc::F_GETFL);
+        if now & (libc::O_APPEND | libc::O_NONBLOCK | libc::O_DIRECT | libc::O_NOATIME) != flags
+            && libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | access) != 0
+        {
+            return Err(Error::last(what, "fcntl(F_SETFL)"));
+        }
+        if matches!(description.kind, Kind::File(_))
+            && description.position != 0
+            && libc::lseek(fd.as_raw_fd(), description.position as i64, libc::SEEK_SET) < 0
+        {
+            return Err(Error::last(what, "lseek"));
+        }
+    }
+    if let Some(Flock::Whole { exclusive }) = description.flock {
+        let kind = if exclusive { libc::LOCK_EX } else { libc::LOCK_SH };
+        // SAFETY: flock takes numbers only.
+        if unsafe { libc::flock(fd.as_raw_fd(), kind | libc::LOCK_NB) } != 0 {
+            return Err(match nix::errno::Errno::last() {
+                nix::errno::Errno::EWOULDBLOCK => Error::Conflict {
+                    what: what.to_owned(),
+                    why: "its lock is held by another process".into(),
+                    remedy: "stop that process (`lslocks` names it)".into(),
+                },
+                errno => Error::Open { what: what.to_owned(), call: "flock", errno },
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Takes the descriptor a call returned.
+pub(crate) fn owned(what: &str, call: &'static str, fd: i32) -> Result<OwnedFd> {
+    if fd < 0 {
+        return Err(Error::last(what, call));
+    }
+    // SAFETY: a descriptor that a call just returned belongs to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

@@ -1,0 +1,55 @@
+//! Planning epoll sets: the set is made outside, its entries are added by the task under its own numbers.
+
+use std::collections::BTreeMap;
+
+use torpor_image::description::Kind;
+use torpor_image::task::Task;
+use torpor_image::{DescriptionId, Image};
+use torpor_parasite::call;
+use torpor_parasite::script::{Script, Value};
+
+use crate::description::Numbers;
+
+/// Fills the sets of a task whose descriptors have their numbers. An entry whose number means another
+/// description by now is added through that number all the same: epoll remembers the number.
+pub(crate) fn plan(script: &mut Script, image: &Image, task: &Task, numbers: &Numbers) {
+    let mut sets: BTreeMap<DescriptionId, i32> = BTreeMap::new();
+    for descriptor in &task.descriptors {
+        sets.entry(descriptor.description).or_insert(descriptor.fd);
+    }
+    for (id, set) in &sets {
+        let Kind::Epoll(epoll) = &image.objects.descriptions[id.0 as usize].kind else { continue };
+        for target in &epoll.targets {
+            // struct epoll_event is packed on x86_64 and 16 bytes with padding elsewhere (linux/eventpoll.h).
+            let mut event = target.events.to_ne_bytes().to_vec();
+            if !cfg!(target_arch = "x86_64") {
+                event.extend_from_slice(&[0; 4]);
+            }
+            event.extend_from_slice(&target.data.to_ne_bytes());
+            let event = script.data(&event);
+            let purpose = format!("epoll fd {set} watching fd {}", target.fd);
+            let now = task.descriptors.iter().find(|d| d.fd == target.fd);
+            let right = now.is_some_and(|d| d.description == target.description);
+            let aside = (!right && now.is_some()).then(|| {
+                let args = [Value::from(target.fd), libc::F_DUPFD_CLOEXEC.into(), numbers.spare.into()];
+                script.call(purpose.clone(), libc::SYS_fcntl, &args)
+            });
+            if !right {
+                let source = numbers.source(target.description);
+                call!(script, purpose.clone(), libc::SYS_dup3, source, target.fd, libc::O_CLOEXEC);
+            }
+            call!(script, purpose.clone(), libc::SYS_epoll_ctl, *set, libc::EPOLL_CTL_ADD, target.fd, event);
+            match (aside, now) {
+                (Some(aside), Some(now)) => {
+                    let flags = if now.close_on_exec { libc::O_CLOEXEC } else { 0 };
+                    call!(script, purpose.clone(), libc::SYS_dup3, aside, target.fd, flags);
+                    call!(script, purpose, libc::SYS_close, aside);
+                }
+                _ if !right => {
+                    call!(script, purpose, libc::SYS_close, target.fd);
+                }
+                _ => {}
+            }
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! Why a restore did not happen.
+
+use nix::errno::Errno;
+use torpor_image as image;
+use torpor_kernel as kernel;
+
+/// A restore failed. Whatever had been made by then is gone again.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The image cannot be read.
+    #[error(transparent)]
+    Image(#[from] image::Error),
+    /// This machine cannot take the image.
+    #[error("cannot restore {what}: {why}; {remedy}")]
+    Unfit {
+        /// The process or object.
+        what: String,
+        /// What does not fit.
+        why: String,
+        /// What the user can do.
+        remedy: String,
+    },
+    /// Something the image needs is taken, gone or changed.
+    #[error("cannot restore {what}: {why}; {remedy}")]
+    Conflict {
+        /// The process or object.
+        what: String,
+        /// What stands in the way.
+        why: String,
+        /// What the user can do.
+        remedy: String,
+    },
+    /// A privilege is missing.
+    #[error("cannot restore {what}: {call}: {errno}; {remedy}")]
+    Permission {
+        /// The process or object.
+        what: String,
+        /// The call.
+        call: &'static str,
+        /// Its error.
+        errno: Errno,
+        /// What the user can do.
+        remedy: &'static str,
+    },
+    /// A call made outside of the new tasks failed.
+    #[error("cannot restore {what}: {call}: {errno}")]
+    Open {
+        /// The object.
+        what: String,
+        /// The call.
+        call: &'static str,
+        /// Its error.
+        errno: Errno,
+    },
+    /// A call made inside a new task failed.
+    #[error("cannot restore {task}: {purpose}: {errno}")]
+    Script {
+        /// The task.
+        task: String,
+        /// What the call was for.
+        purpose: String,
+        /// Its error.
+        errno: Errno,
+    },
+    /// A new task ended before it was complete.
+    #[error("cannot restore {task}: it ended while it was being built ({how})")]
+    Died {
+        /// The task.
+        task: String,
+        /// How.
+        how: String,
+    },
+    /// A kernel call failed.
+    #[error("cannot restore {what}: {source}")]
+    Kernel {
+        /// What was being done.
+        what: String,
+        /// The call and its error.
+        source: kernel::Error,
+    },
+}
+
+impl Error {
+    pub(crate) fn kernel(what: impl Into<String>) -> impl FnOnce(kernel::Error) -> Self {
+        let what = what.into();
+        move |source| Error::Kernel { what, source }
+    }
+
+    pub(crate) fn open(what: &str, call: &'static str) -> impl Fn(Errno) -> Self {
+        let what = what.to_owned();
+        move |errno| Error::Open { what: what.clone(), call, errno }
+    }
+
+    pub(crate) fn last(what: &str, call: &'static str) -> Self {
+        Error::Open { what: what.to_owned(), call, errno: Errno::last() }
+    }
+}
+
+/// The result of restore operations.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

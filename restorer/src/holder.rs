@@ -1,0 +1,26 @@
+//! Who holds what stands in the way: for error messages only.
+
+use std::net::SocketAddr;
+
+use torpor_kernel::ids::Pid;
+use torpor_kernel::{fds, process, sock_diag};
+
+/// The process that listens on an address, as "pid 901 (nginx)".
+pub(crate) fn of_port(address: SocketAddr) -> String {
+    let sockets = [libc::AF_INET, libc::AF_INET6]
+        .into_iter()
+        .flat_map(|family| sock_diag::inet_sockets(family, libc::IPPROTO_TCP).unwrap_or_default());
+    let mut on_port = sockets.filter(|s| s.local.port() == address.port()).map(|s| s.inode).filter(|i| *i != 0);
+    on_port.find_map(of_socket).unwrap_or_else(|| "another socket".to_owned())
+}
+
+/// The process with a descriptor for socket `inode`.
+pub(crate) fn of_socket(inode: u32) -> Option<String> {
+    let link = format!("socket:[{inode}]").into_bytes();
+    let pids = std::fs::read_dir("/proc").ok()?.filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
+    pids.map(Pid).find_map(|pid| {
+        let all = fds::list(pid).ok()?;
+        let holds = all.into_iter().any(|fd| fds::readlink(pid, fd).is_ok_and(|l| l == link));
+        holds.then(|| format!("pid {pid} ({})", process::who_holds(pid.0).unwrap_or_default()))
+    })
+}

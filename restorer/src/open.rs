@@ -1,0 +1,122 @@
+//! Making, outside of the tasks, what several of them may share.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use torpor_image::description::Kind;
+use torpor_image::{Bytes, DescriptionId, Image, InodeId, PipeId};
+
+use crate::error::{Error, Result};
+use crate::pipe::{Ends, io};
+use crate::plan::Open;
+use crate::{description, inode};
+
+/// What has been made so far. Dropped before [`Opener::keep`], names it gave to files are removed again.
+pub(crate) struct Opener<'i> {
+    pub(crate) image: &'i Image,
+    /// Take files that changed since the dump as they are.
+    pub(crate) accept_changed: bool,
+    pub(crate) pipes: HashMap<PipeId, Ends>,
+    /// Inodes whose contents were in the image.
+    pub(crate) inodes: HashMap<InodeId, OwnedFd>,
+    /// Unix sockets that were made together with another, by number.
+    pub(crate) sockets: HashMap<u32, OwnedFd>,
+    /// Listening unix sockets, by number.
+    pub(crate) listeners: HashMap<u32, OwnedFd>,
+    /// Names of sockets that were made.
+    pub(crate) made: Vec<PathBuf>,
+    /// Seals to be set once everything is mapped.
+    pub(crate) seals: BTreeMap<InodeId, u32>,
+    /// Terminals and how they are to be set up.
+    pub(crate) terminals: Vec<(i32, Bytes)>,
+    pub(crate) progress: Option<&'i (dyn Fn(u64) + Sync)>,
+}
+
+impl<'i> Opener<'i> {
+    pub(crate) fn new(
+        image: &'i Image,
+        accept_changed: bool,
+        progress: Option<&'i (dyn Fn(u64) + Sync)>,
+    ) -> Self {
+        Opener {
+            image,
+            accept_changed,
+            pipes: HashMap::new(),
+            inodes: HashMap::new(),
+            sockets: HashMap::new(),
+            listeners: HashMap::new(),
+            made: Vec::new(),
+            seals: BTreeMap::new(),
+            terminals: Vec::new(),
+            progress,
+        }
+    }
+
+    /// Makes or opens one thing of the plan.
+    pub(crate) fn open(&mut self, what: &Open) -> Result<OwnedFd> {
+        match what {
+            Open::Description(id) => description::open(self, *id),
+            Open::Mapped { inode, write } => {
+                let name = self.image.objects.inodes[inode.0 as usize].name();
+                let access = if *write { libc::O_RDWR } else { libc::O_RDONLY };
+                inode::open(self, &name, *inode, access as u32)
+            }
+            Open::Program { inode } => {
+                let name = self.image.objects.inodes[inode.0 as usize].name();
+                inode::open(self, &name, *inode, libc::O_RDONLY as u32)
+            }
+            Open::Data { file } => Ok(self.image.data_file(*file)?.into()),
+            Open::Zero => File::open("/dev/zero").map(OwnedFd::from).map_err(|e| io("/dev/zero", "open", &e)),
+            Open::Directory { path } => {
+                nix::fcntl::open(
+                    path.path(),
+                    nix::fcntl::OFlag::O_PATH | nix::fcntl::OFlag::O_DIRECTORY | nix::fcntl::OFlag::O_CLOEXEC,
+                    nix::sys::stat::Mode::empty(),
+                )
+                .map_err(|errno| Error::Conflict {
+                    what: format!("directory `{path}`"),
+                    why: errno.to_string(),
+                    remedy: "put it back where it was".into(),
+                })
+            }
+        }
+    }
+
+    /// "pid 42 (redis-server): fd 7, tcp socket"
+    pub(crate) fn name(&self, id: DescriptionId) -> String {
+        let kind = &self.image.objects.descriptions[id.0 as usize].kind;
+        let detail = match kind {
+            Kind::File(inode) => self.image.objects.inodes[inode.0 as usize].name(),
+            Kind::Unix(socket) => match &socket.name {
+                Some(name) => format!("unix socket `{}`", name.text().replace('\0', "@")),
+                None => "unix socket".to_owned(),
+            },
+            Kind::Inet(socket) => match socket.local {
+                Some(local) => format!("tcp socket {local}"),
+                None => "tcp socket".to_owned(),
+            },
+            _ => kind.noun().to_owned(),
+        };
+        for task in &self.image.tasks {
+            if let Some(d) = task.descriptors.iter().find(|d| d.description == id) {
+                return format!("{}: fd {}, {detail}", task.title(), d.fd);
+            }
+        }
+        detail
+    }
+
+    /// Everything stands: what was made stays.
+    pub(crate) fn keep(&mut self) {
+        self.made.clear();
+    }
+}
+
+impl Drop for Opener<'_> {
+    fn drop(&mut self) {
+        for path in self.made.drain(..) {
+            let _best_effort = std::fs::remove_file(path);
+        }
+    }
+}

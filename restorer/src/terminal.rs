@@ -1,0 +1,37 @@
+//! Terminals: the one this restore is run on takes the place of the one at the dump.
+
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+
+use torpor_image::DescriptionId;
+use torpor_image::terminal::Terminal;
+
+use crate::error::Result;
+use crate::open::Opener;
+use crate::pipe::io;
+
+/// The standard stream of torpor that stands for a description: the one of the same number, or its
+/// standard input.
+pub(crate) fn open(
+    opener: &mut Opener<'_>,
+    what: &str,
+    id: DescriptionId,
+    terminal: &Terminal,
+) -> Result<OwnedFd> {
+    let numbers = opener.image.tasks.iter().flat_map(|t| &t.descriptors);
+    let number = numbers.filter(|d| d.description == id).map(|d| d.fd).find(|fd| *fd <= 2).unwrap_or(0);
+    // SAFETY: standard streams stay open for the life of the process.
+    let stream = unsafe { BorrowedFd::borrow_raw(number) };
+    let fd = stream.try_clone_to_owned().map_err(|e| io(what, "dup", &e))?;
+    // SAFETY: isatty takes a number.
+    if !terminal.termios.is_empty() && unsafe { libc::isatty(fd.as_raw_fd()) } == 1 {
+        opener.terminals.push((fd.as_raw_fd(), terminal.termios.clone()));
+    }
+    Ok(fd)
+}
+
+/// Sets a terminal up as it was at the dump: done last, when nothing can fail any more.
+pub(crate) fn set_up(fd: i32, termios: &[u8]) {
+    // SAFETY: TCSETS reads a kernel `struct termios`, whose length the image was written with. As a process
+    // in the background we would be stopped by SIGTTOU, which is blocked for the whole restore.
+    unsafe { libc::ioctl(fd, libc::TCSETS, termios.as_ptr()) };
+}
