@@ -4,16 +4,19 @@ use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use torpor_image::manifest::{Host, Manifest, Times};
-use torpor_image::write::ImageWriter;
-use torpor_image::{Bytes, Pid as ImagePid};
+use torpor_image::Bytes;
+use torpor_image::description::Objects;
+use torpor_image::task::Task;
+use torpor_image::write::{DataFile, ImageWriter};
 use torpor_kernel::ids::Pid;
 use torpor_kernel::memory::Memory;
-use torpor_kernel::status;
 
 use crate::collect::Collector;
 use crate::error::{Error, Result};
 use crate::freeze::Frozen as Stopped;
 use crate::gadget::{self, Gadgets};
+use crate::memory::Copied;
+use crate::stage::Stage;
 use crate::survey::{self, Survey};
 use crate::{description, memory, task, vma};
 
@@ -24,8 +27,6 @@ pub struct Options<'a> {
     /// The process will run on after the dump: recorded in the manifest, since what it does outside itself
     /// from then on is not undone by a restore.
     pub runs_on: bool,
-    /// Put everything on stable storage before the dump counts as done.
-    pub fsync: bool,
     /// Told of bytes copied, from several threads.
     pub progress: Option<&'a (dyn Fn(u64) + Sync)>,
 }
@@ -38,11 +39,29 @@ pub struct Target {
     survey: Survey,
 }
 
+/// Where an image goes: a directory, checked and prepared while the process still runs.
+#[derive(Debug)]
+pub struct Destination {
+    writer: ImageWriter,
+    files: Vec<DataFile>,
+}
+
+impl Destination {
+    /// Prepares `dir`: made if missing, refused if it holds an image. With `fsync` everything is on stable
+    /// storage before a dump counts as done.
+    pub fn create(dir: &Path, fsync: bool) -> Result<Self> {
+        let writer = ImageWriter::create(dir, fsync)?;
+        let files = (0..memory::most_files()).map(|n| writer.data_file(n)).collect::<Result<Vec<_>, _>>()?;
+        Ok(Destination { writer, files })
+    }
+}
+
 /// A process that stands still. Dropped, it goes on.
 #[derive(Debug)]
 pub struct Frozen {
     stopped: Stopped,
     gadgets: Gadgets,
+    stage: Option<Stage>,
 }
 
 /// A complete image.
@@ -72,6 +91,7 @@ impl Target {
 
     /// Stops every thread of the process.
     pub fn freeze(&self) -> Result<Frozen> {
+        let stage = Stage::for_bytes(self.survey.resident);
         let stopped = Stopped::freeze(self.pid)?;
         let memory = Memory::open(self.pid, false).map_err(Error::kernel(self.pid, "opening its memory"))?;
         let gadgets = if gadget::confirm(self.gadgets, &memory) {
@@ -82,8 +102,25 @@ impl Target {
                 .map_err(Error::kernel(self.pid, "reading its memory map"))?;
             gadget::find(self.pid, &maps, &memory)?
         };
-        Ok(Frozen { stopped, gadgets })
+        Ok(Frozen { stopped, gadgets, stage })
     }
+}
+
+/// Everything of a process at one instant: it may go on, or be ended, whatever happens to this.
+#[derive(Debug)]
+struct Captured<'s> {
+    pid: Pid,
+    writer: ImageWriter,
+    files: Vec<DataFile>,
+    pages: Copied,
+    stage: Option<&'s Stage>,
+    task: Task,
+    objects: Objects,
+    losses: Vec<String>,
+    host: Host,
+    taken_at: u64,
+    times: Times,
+    runs_on: bool,
 }
 
 impl Frozen {
@@ -92,58 +129,18 @@ impl Frozen {
         self.stopped.pid().0
     }
 
-    /// Writes an image of the process into `dir`. The process stands afterwards as before, also on error.
-    pub fn dump(&mut self, dir: &Path, options: &Options<'_>) -> Result<Dumped> {
-        let pid = self.stopped.pid();
-        let mut writer = ImageWriter::create(dir, options.fsync)?;
-        let resident = status::of_process(pid).map_or(0, |s| s.rss_kb * 1024);
-        let mut files =
-            (0..memory::files_for(resident)).map(|n| writer.data_file(n)).collect::<Result<Vec<_>, _>>()?;
+    /// Writes an image of the process. The process stands afterwards as before, also on error.
+    pub fn dump(&mut self, to: Destination, options: &Options<'_>) -> Result<Dumped> {
+        capture(&mut self.stopped, self.gadgets, self.stage.as_mut(), to, options)?.finish(options)
+    }
 
-        let mut collector = Collector::new(pid)?;
-        let maps = vma::read(&collector)?;
-        let vmas = vma::collect(&mut collector, &maps)?;
-        task::exe(&mut collector)?;
-        let table = description::collect(&mut collector)?;
-        // What the survey saw may have changed before the freeze.
-        if !collector.refusals.is_empty() {
-            return Err(Error::Refused { pid, refusals: collector.refusals });
-        }
-        let collected = task::collect(&mut collector, &mut self.stopped, self.gadgets, &maps, vmas, table)?;
-        let mut task = collected.task;
-
-        let begin = Instant::now();
-        let silent = |_| {};
-        let progress = options.progress.unwrap_or(&silent);
-        let copied = memory::copy(pid, &task.memory.vmas, &mut files, progress)?;
-        task.memory.pages = writer.add_records(&copied.pages);
-        for (id, content) in std::mem::take(&mut collector.contents) {
-            let size = collector.objects.inodes[id.0 as usize].size;
-            let extents = memory::copy_inode(pid, &content, size, &mut files[0], &mut writer, progress)?;
-            collector.set_extents(id, extents);
-        }
-        let memory_time = begin.elapsed();
-        for file in files {
-            writer.add_data_file(file)?;
-        }
-        writer.add_task(&task)?;
-        writer.add_objects(&collector.objects)?;
-        let manifest = Manifest {
-            torpor: env!("CARGO_PKG_VERSION").to_owned(),
-            taken_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64),
-            host: host(collected.vdso),
-            root: ImagePid(pid.0),
-            tasks: vec![ImagePid(pid.0)],
-            files: Vec::new(),
-            ran_on: options.runs_on,
-            not_captured: collector.losses,
-            times: Times {
-                freezing: self.stopped.freezing.as_nanos() as u64,
-                frozen: self.stopped.since.elapsed().as_nanos() as u64,
-                memory: memory_time.as_nanos() as u64,
-            },
-        };
-        Ok(Dumped { manifest: writer.finish(manifest)? })
+    /// Writes an image of the process, letting it go on as soon as it has been captured: a small one before
+    /// its image is written.
+    pub fn dump_and_resume(mut self, to: Destination, options: &Options<'_>) -> Result<Dumped> {
+        let Frozen { stopped, gadgets, stage } = &mut self;
+        let captured = capture(stopped, *gadgets, stage.as_mut(), to, options)?;
+        stopped.release();
+        captured.finish(options)
     }
 
     /// How long the process has been standing still.
@@ -164,6 +161,97 @@ impl Frozen {
     /// Leaves the process stopped, as by SIGSTOP.
     pub fn keep_stopped(self) -> Result<()> {
         self.stopped.keep_stopped()
+    }
+}
+
+/// Captures a stopped process: after this nothing of the image depends on it any more.
+fn capture<'s>(
+    stopped: &mut Stopped,
+    gadgets: Gadgets,
+    mut stage: Option<&'s mut Stage>,
+    to: Destination,
+    options: &Options<'_>,
+) -> Result<Captured<'s>> {
+    let pid = stopped.pid();
+    let Destination { mut writer, mut files } = to;
+
+    let mut collector = Collector::new(pid)?;
+    let maps = vma::read(&collector)?;
+    let vmas = vma::collect(&mut collector, &maps)?;
+    task::exe(&mut collector)?;
+    let table = description::collect(&mut collector)?;
+    // What the survey saw may have changed before the freeze.
+    if !collector.refusals.is_empty() {
+        return Err(Error::Refused { pid, refusals: collector.refusals });
+    }
+    let collected = task::collect(&mut collector, stopped, gadgets, &maps, vmas, table)?;
+    let task = collected.task;
+
+    let begin = Instant::now();
+    let silent = |_| {};
+    let progress = options.progress.unwrap_or(&silent);
+    if let Some(stage) = stage.as_deref_mut() {
+        stage.clear();
+    }
+    let pages = memory::copy(pid, &task.memory.vmas, stage.as_deref_mut(), &mut files, progress)?;
+    for (id, content) in std::mem::take(&mut collector.contents) {
+        let size = collector.objects.inodes[id.0 as usize].size;
+        let extents = memory::copy_inode(pid, &content, size, &mut files[0], &mut writer, progress)?;
+        collector.set_extents(id, extents);
+    }
+    Ok(Captured {
+        pid,
+        writer,
+        files,
+        pages,
+        stage: stage.map(|s| &*s),
+        task,
+        objects: collector.objects,
+        losses: collector.losses,
+        host: host(collected.vdso),
+        taken_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64),
+        times: Times {
+            freezing: stopped.freezing.as_nanos() as u64,
+            frozen: stopped.since.elapsed().as_nanos() as u64,
+            memory: begin.elapsed().as_nanos() as u64,
+        },
+        runs_on: options.runs_on,
+    })
+}
+
+impl Captured<'_> {
+    /// Writes what is left to be written and gives the image its name.
+    fn finish(mut self, options: &Options<'_>) -> Result<Dumped> {
+        let silent = |_| {};
+        let progress = options.progress.unwrap_or(&silent);
+        let records = match (self.pages, self.stage) {
+            (Copied::Written(records), _) => records,
+            (Copied::Staged { runs, guards }, Some(stage)) => {
+                memory::write_staged(&runs, guards, stage, &mut self.files[0], progress)?
+            }
+            (Copied::Staged { .. }, None) => {
+                return Err(Error::Inconsistent { pid: self.pid, what: "the stage is gone".into() });
+            }
+        };
+        self.task.memory.pages = self.writer.add_records(&records);
+        for file in self.files {
+            self.writer.add_data_file(file)?;
+        }
+        self.writer.add_task(&self.task)?;
+        self.writer.add_objects(&self.objects)?;
+        let root = self.task.pid;
+        let manifest = Manifest {
+            torpor: env!("CARGO_PKG_VERSION").to_owned(),
+            taken_at: self.taken_at,
+            host: self.host,
+            root,
+            tasks: vec![root],
+            files: Vec::new(),
+            ran_on: self.runs_on,
+            not_captured: self.losses,
+            times: self.times,
+        };
+        Ok(Dumped { manifest: self.writer.finish(manifest)? })
     }
 }
 

@@ -26,7 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 ///
 /// A tracee belongs to the thread that attached to it (ptrace(2)), so this cannot be sent to another.
 #[derive(Debug)]
-pub struct Frozen {
+pub(crate) struct Frozen {
     pid: Pid,
     threads: Vec<FrozenThread>,
     /// How long it took until all stood.
@@ -195,7 +195,7 @@ impl Frozen {
             if rounds < 32 {
                 std::thread::yield_now();
             } else if Instant::now() < deadline {
-                std::thread::sleep(Duration::from_micros(20 * u64::from(rounds.min(100))));
+                std::thread::sleep(Duration::from_micros(10 * u64::from((rounds - 30).min(100))));
             } else {
                 let state = status::of_task(self.pid, tid).map_or('?', |s| s.state);
                 return Err(Error::Timeout { pid: self.pid, tid, seconds: PATIENCE.as_secs(), state });
@@ -212,7 +212,7 @@ impl Frozen {
     }
 
     /// The process.
-    pub fn pid(&self) -> Pid {
+    pub(crate) fn pid(&self) -> Pid {
         self.pid
     }
 
@@ -231,12 +231,12 @@ impl Frozen {
     }
 
     /// Lets the process go on.
-    pub fn resume(mut self) {
+    pub(crate) fn resume(mut self) {
         self.release();
     }
 
     /// Lets go of the process but leaves it stopped, as `kill -STOP` does; `kill -CONT` lets it go on.
-    pub fn keep_stopped(mut self) -> Result<()> {
+    pub(crate) fn keep_stopped(mut self) -> Result<()> {
         let pid = self.pid;
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.0), nix::sys::signal::Signal::SIGSTOP)
             .map_err(|e| Error::kernel(pid, "stopping it")(torpor_kernel::Error::syscall("kill", pid, e)))?;
@@ -250,7 +250,7 @@ impl Frozen {
     }
 
     /// Ends the process and waits until nothing of it is left but what its parent must collect.
-    pub fn kill(mut self) -> Result<()> {
+    pub(crate) fn kill(mut self) -> Result<()> {
         let pid = self.pid;
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.0), nix::sys::signal::Signal::SIGKILL)
             .map_err(|e| Error::kernel(pid, "ending it")(torpor_kernel::Error::syscall("kill", pid, e)))?;
@@ -266,7 +266,8 @@ impl Frozen {
         Ok(())
     }
 
-    fn release(&mut self) {
+    /// Lets every thread go on.
+    pub(crate) fn release(&mut self) {
         if std::mem::replace(&mut self.gone, true) {
             return;
         }

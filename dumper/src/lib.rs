@@ -1,12 +1,13 @@
 //! Dumps a running process into an image.
 //!
 //! ```no_run
-//! use torpor_dumper::{Options, Target};
+//! use torpor_dumper::{Destination, Options, Target};
 //!
 //! # fn main() -> Result<(), torpor_dumper::Error> {
 //! let target = Target::find(1234)?; // refuses by name what a dump would lose, without stopping anything
+//! let directory = Destination::create("image".as_ref(), false)?;
 //! let mut frozen = target.freeze()?; // every thread stands
-//! let dumped = frozen.dump("image".as_ref(), &Options::default())?; // may be done again and again
+//! let dumped = frozen.dump(directory, &Options::default())?; // may be done again and again
 //! println!("{} bytes", dumped.manifest.files.iter().map(|f| f.size).sum::<u64>());
 //! frozen.kill()?; // or resume(), or keep_stopped()
 //! # Ok(())
@@ -34,6 +35,7 @@ mod scheduling;
 mod signal;
 mod signalfd;
 mod socket;
+mod stage;
 mod survey;
 mod task;
 mod terminal;
@@ -43,6 +45,6 @@ mod timerfd;
 mod unix;
 mod vma;
 
-pub use dump::{Dumped, Frozen, Options, Target, check};
+pub use dump::{Destination, Dumped, Frozen, Options, Target, check};
 pub use error::{Error, Refusal, Result};
 pub use survey::Survey;

@@ -15,12 +15,13 @@ use torpor_kernel::pagemap::{PageScan, Want};
 
 use crate::collect::Content;
 use crate::error::{Error, Result};
+use crate::stage::Stage;
 
 /// Bytes copied at a time: fits into the second-level cache, so that the zero test and the checksum read
 /// what is there already.
 const CHUNK: u64 = 1 << 20;
-/// Memory worth another writer.
-const SHARE: u64 = 8 << 20;
+/// Memory worth another thread.
+const SHARE: u64 = 2 << 20;
 const MAX_WRITERS: u64 = 8;
 
 /// A run of memory to be copied.
@@ -30,17 +31,26 @@ struct Run {
     end: u64,
 }
 
-/// What a copy yielded.
-#[derive(Debug, Default)]
-pub(crate) struct Copied {
-    /// Records of the private pages, by address.
-    pub(crate) pages: Vec<Record>,
-    /// Bytes of content found.
-    pub(crate) bytes: u64,
+/// Private pages of a process: copied, and perhaps on disk.
+#[derive(Debug)]
+pub(crate) enum Copied {
+    /// In the stage: for each run where it begins.
+    Staged {
+        runs: Vec<(u64, u64, usize)>,
+        guards: Vec<Record>,
+    },
+    /// In the data files.
+    Written(Vec<Record>),
 }
 
-/// Copies the private pages of `vmas`.
-pub(crate) fn copy(pid: Pid, vmas: &[Vma], files: &mut [DataFile], progress: &(dyn Fn(u64) + Sync)) -> Result<Copied> {
+/// Copies the private pages of `vmas` into the stage, if it has room, or else into the files.
+pub(crate) fn copy(
+    pid: Pid,
+    vmas: &[Vma],
+    stage: Option<&mut Stage>,
+    files: &mut [DataFile],
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<Copied> {
     let scan = PageScan::open(pid).map_err(Error::kernel(pid, "opening its pagemap"))?;
     let mut runs = Vec::new();
     let mut guards = Vec::new();
@@ -58,6 +68,12 @@ pub(crate) fn copy(pid: Pid, vmas: &[Vma], files: &mut [DataFile], progress: &(d
     let bytes: u64 = runs.iter().map(|r| r.end - r.start).sum();
     let writers = writers(bytes).min(files.len() as u64).max(1);
     let shares = split(&runs, bytes.div_ceil(writers).next_multiple_of(PAGE));
+    if let Some(stage) = stage
+        && let Some(first) = stage.take(bytes)
+    {
+        let staged = read_shares(pid, &shares, &mut stage.bytes_mut()[first..], first)?;
+        return Ok(Copied::Staged { runs: staged, guards });
+    }
     let mut pages = std::thread::scope(|scope| {
         let workers: Vec<_> = shares
             .iter()
@@ -72,7 +88,71 @@ pub(crate) fn copy(pid: Pid, vmas: &[Vma], files: &mut [DataFile], progress: &(d
     })?;
     pages.extend(guards);
     pages.sort_by_key(|r| r.address);
-    Ok(Copied { pages, bytes })
+    Ok(Copied::Written(pages))
+}
+
+/// Reads every share into its part of `room`, the first here and the others in threads of their own.
+fn read_shares(
+    pid: Pid,
+    shares: &[Vec<Run>],
+    room: &mut [u8],
+    first: usize,
+) -> Result<Vec<(u64, u64, usize)>> {
+    let mut staged = Vec::new();
+    let mut parts = Vec::with_capacity(shares.len());
+    let mut rest = room;
+    let mut at = first;
+    for share in shares {
+        let length: u64 = share.iter().map(|r| r.end - r.start).sum();
+        let (part, after) = rest.split_at_mut(length as usize);
+        rest = after;
+        for run in share {
+            staged.push((run.start, run.end, at));
+            at += (run.end - run.start) as usize;
+        }
+        parts.push((share, part));
+    }
+    std::thread::scope(|scope| {
+        let mut parts = parts.into_iter();
+        let own = parts.next();
+        let workers: Vec<_> =
+            parts.map(|(share, part)| scope.spawn(move || read_runs(pid, share, part))).collect();
+        if let Some((share, part)) = own {
+            read_runs(pid, share, part)?;
+        }
+        for worker in workers {
+            worker.join().expect("a reader does not panic")?;
+        }
+        Ok(staged)
+    })
+}
+
+fn read_runs(pid: Pid, runs: &[Run], mut room: &mut [u8]) -> Result<()> {
+    let memory = Memory::open(pid, false).map_err(Error::kernel(pid, "opening its memory"))?;
+    for run in runs {
+        let (part, rest) = room.split_at_mut((run.end - run.start) as usize);
+        memory.read_exact_at(RemoteAddr(run.start), part).map_err(Error::kernel(pid, "reading its memory"))?;
+        room = rest;
+    }
+    Ok(())
+}
+
+/// Writes what was staged to the first of the files.
+pub(crate) fn write_staged(
+    runs: &[(u64, u64, usize)],
+    guards: Vec<Record>,
+    stage: &Stage,
+    file: &mut DataFile,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<Vec<Record>> {
+    let mut records = Vec::new();
+    for &(start, end, at) in runs {
+        store(&mut records, start, &stage.bytes()[at..at + (end - start) as usize], file)?;
+        progress(end - start);
+    }
+    records.extend(guards);
+    records.sort_by_key(|r| r.address);
+    Ok(records)
 }
 
 /// How many writers `bytes` of memory are worth on this machine.
@@ -81,9 +161,9 @@ fn writers(bytes: u64) -> u64 {
     bytes.div_ceil(SHARE).clamp(1, cpus.min(MAX_WRITERS))
 }
 
-/// How many data files to prepare for a process of this size.
-pub(crate) fn files_for(bytes: u64) -> u32 {
-    writers(bytes) as u32
+/// How many data files to prepare: those not needed are dropped.
+pub(crate) fn most_files() -> u32 {
+    writers(u64::MAX) as u32
 }
 
 /// Private areas that lie side by side, as one.

@@ -98,14 +98,14 @@ fn preconditions(pid: Pid) -> Result<status::Status> {
 /// Refusals about the process as a whole.
 fn refuse_process(collector: &mut Collector, status: &status::Status) -> Result<()> {
     let pid = collector.pid;
+    let theirs = match process::namespaces(pid) {
+        Ok(all) => all,
+        Err(e) if matches!(e.errno(), Some(nix::errno::Errno::EACCES | nix::errno::Errno::EPERM)) => {
+            return Err(Error::Permission { pid, source: e });
+        }
+        Err(e) => return Err(Error::kernel(pid, "reading its namespaces")(e)),
+    };
     for (name, own) in process::namespaces(Pid::this()).map_err(Error::kernel(pid, "reading namespaces"))? {
-        let theirs = match process::namespaces(pid) {
-            Ok(all) => all,
-            Err(e) if e.errno() == Some(nix::errno::Errno::EACCES) || e.errno() == Some(nix::errno::Errno::EPERM) => {
-                return Err(Error::Permission { pid, source: e });
-            }
-            Err(e) => return Err(Error::kernel(pid, "reading its namespaces")(e)),
-        };
         if theirs.iter().any(|(n, inode)| *n == name && *inode != own) {
             collector.refuse(
                 format!("its {name} namespace"),

@@ -34,6 +34,8 @@ pub struct Host {
     pub coredump_filter: Option<u32>,
     /// Whether POSIX timers can be made with a given id (PR_TIMER_CREATE_RESTORE_IDS).
     pub timer_ids: bool,
+    /// Device and inode number of the program that restores.
+    pub program: (u64, u64),
     /// Highest capability the kernel knows.
     pub last_capability: u32,
 }
@@ -87,6 +89,7 @@ impl Host {
             oom_score_adj: process::oom_score_adj(this).map_err(fail())?,
             coredump_filter: process::coredump_filter(this).map_err(fail())?,
             timer_ids: probe::one("PR_TIMER_CREATE_RESTORE_IDS").is_none_or(|s| s.is_present()),
+            program: nix::sys::stat::stat("/proc/self/exe").map_or((0, 0), |s| (s.st_dev, s.st_ino)),
             last_capability,
         })
     }

@@ -1,5 +1,6 @@
 //! Planning a process: the phases its leader goes through.
 
+use torpor_image::inode::Source;
 use torpor_image::task::Task;
 use torpor_parasite::call;
 use torpor_parasite::script::{Script, Value};
@@ -50,10 +51,20 @@ pub(crate) fn mm_fields(script: &mut Script, planner: &mut Planner<'_>, task: &T
     let map = script.data(&bytes);
     let auxv = script.data(&task.memory.auxv);
     script.point(map.at(MM_AUXV), auxv);
-    let slot = planner.open(Open::Program { inode: task.memory.exe });
-    let program = planner.descriptor(slot);
-    let exe = script.call("the program file", libc::SYS_fcntl, &[program, libc::F_DUPFD_CLOEXEC.into(), 0.into()]);
-    script.copy("the program file", map.at(MM_EXE_FD), Value::ResultAddress(exe), 4);
+    let program = &planner.image.objects.inodes[task.memory.exe.0 as usize];
+    let named = matches!(program.source, Source::Path { .. });
+    if named && (program.device, program.number) == planner.host.program {
+        // A new task begins with our program, and may not change it for what it maps (kernel/fork.c,
+        // `replace_mm_exe_file`).
+        let none = script.data(&u32::MAX.to_ne_bytes());
+        script.copy("the program file", map.at(MM_EXE_FD), none, 4);
+    } else {
+        let slot = planner.open(Open::Program { inode: task.memory.exe });
+        let program = planner.descriptor(slot);
+        let args = [program, libc::F_DUPFD_CLOEXEC.into(), 0.into()];
+        let exe = script.call("the program file", libc::SYS_fcntl, &args);
+        script.copy("the program file", map.at(MM_EXE_FD), Value::ResultAddress(exe), 4);
+    }
     let n = Value::Number;
     let args = [n(PR_SET_MM), n(PR_SET_MM_MAP), map.into(), n(MM_MAP as u64), n(0)];
     script.call("the addresses of program, heap and arguments", libc::SYS_prctl, &args);

@@ -22,6 +22,7 @@ pub(crate) fn host() -> Host {
         oom_score_adj: 0,
         coredump_filter: Some(0x33),
         timer_ids: true,
+        program: (1, 1),
         last_capability: 40,
     }
 }

@@ -26,8 +26,11 @@ pub(crate) fn plan(script: &mut Script, timers: &Timers, host: &Host) {
         }
     }
     for (which, timer) in timers.interval.iter().enumerate() {
-        if timer.value != (0, 0) {
-            let setting = script.words(&words(timer));
+        // A periodic timer whose signal has not been taken yet stands still until then
+        // (kernel/signal.c, `dequeue_signal`), and shows no time left.
+        let value = if timer.value == (0, 0) { timer.period } else { timer.value };
+        if value != (0, 0) {
+            let setting = script.words(&words(&Interval { value, ..*timer }));
             call!(script, format!("interval timer {which}"), libc::SYS_setitimer, which, setting, 0);
         }
     }

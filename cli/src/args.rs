@@ -1,0 +1,244 @@
+//! What can be asked on the command line, and the help that explains it.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Freeze a running program into a directory, and wake it up again from there
+///
+/// Torpor writes everything that a running program is (its memory, threads, open files, timers and more) into
+/// a directory, the image. From the image it comes back later and goes on at the very instruction where it was.
+/// The program need not be prepared for that.
+#[derive(Debug, Parser)]
+#[command(name = "torpor", version, arg_required_else_help = true, after_long_help = CLI_EXAMPLES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const CLI_EXAMPLES: &str = "\
+Examples:
+  torpor demo                   see it all at work, in five seconds
+  torpor check                  what this machine allows
+  torpor check 4711             what a dump of process 4711 would find
+  torpor dump 4711 image        write process 4711 to the directory `image`, and end it
+  torpor show image             look inside
+  torpor restore image          wake it up again
+
+Exit codes: 0 done, 1 unexpected, 2 usage, 3 no such process, 4 privilege missing, 5 cannot be dumped,
+6 image damaged, 7 machine does not fit, 8 pid, port or file taken, gone or changed, 9 cannot write there.
+An attached `restore` exits as its program does. docs/exit-codes.md tells more.";
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Write a running process to a directory
+    Dump(DumpArgs),
+    /// Wake up a process from its image
+    Restore(RestoreArgs),
+    /// Tell what this machine allows, or what a dump of a process would find
+    Check(CheckArgs),
+    /// Show what is in an image
+    Show(ShowArgs),
+    /// Check every checksum and reference of an image
+    Verify(VerifyArgs),
+    /// See a small program frozen and woken up, step by step
+    Demo(DemoArgs),
+    /// Print a completion script for a shell
+    Completions(CompletionArgs),
+    /// The program that the demo freezes
+    #[command(hide = true)]
+    DemoProgram(DemoProgramArgs),
+}
+
+/// Write a running process to a directory
+///
+/// The process is stopped for a moment, written to DIR, and then ended. If anything goes wrong it runs on as if
+/// nothing had happened, and nothing is left in DIR. What would be lost is refused by name before the process
+/// is stopped: `torpor check PID` tells beforehand.
+#[derive(Debug, Args)]
+#[command(after_long_help = DUMP_EXAMPLES)]
+pub struct DumpArgs {
+    /// Let the process run on when the image is complete
+    ///
+    /// What it does from then on is not undone by a restore: files it writes, answers it gives.
+    #[arg(long, conflicts_with = "leave_stopped")]
+    pub leave_running: bool,
+    /// Leave the process stopped, as `kill -STOP` does; `kill -CONT` lets it go on
+    #[arg(long)]
+    pub leave_stopped: bool,
+    /// Return only when the image is on stable storage
+    ///
+    /// Without it a power failure in the next seconds may take the image along.
+    #[arg(long)]
+    pub fsync: bool,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Print the summary as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// The process
+    #[arg(value_parser = clap::value_parser!(i32).range(1..))]
+    pub pid: i32,
+    /// The directory of the image: made if it is missing, refused if it holds an image
+    pub dir: PathBuf,
+}
+
+const DUMP_EXAMPLES: &str = "\
+Examples:
+  torpor dump 4711 image                    write it and end it
+  torpor dump --leave-running 4711 backup   a backup of a running service
+  torpor dump --json 4711 image | jq .bytes";
+
+/// Wake up a process from its image
+///
+/// The process gets the pid it had, and goes on where it was. Until it stands complete nothing of it runs, so
+/// that a restore that fails leaves nothing behind. The image is not changed and can be restored again.
+///
+/// Without --detach Torpor stays as the parent: it passes signals on (SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1,
+/// SIGUSR2, SIGCONT, SIGTSTP, SIGWINCH), lends the terminal, and exits with the program's status, 128+N if
+/// signal N ended it.
+#[derive(Debug, Args)]
+#[command(after_long_help = RESTORE_EXAMPLES)]
+pub struct RestoreArgs {
+    /// Return once the process runs, and print its pid
+    #[arg(short, long)]
+    pub detach: bool,
+    /// Write the pid of the process to FILE, before it runs
+    #[arg(long, value_name = "FILE")]
+    pub pidfile: Option<PathBuf>,
+    /// Leave the process stopped; `kill -CONT` lets it go on
+    #[arg(long)]
+    pub stopped: bool,
+    /// Print the steps of the restore and do none of them
+    #[arg(long, conflicts_with_all = ["detach", "pidfile", "stopped"])]
+    pub plan: bool,
+    /// Take files that changed since the dump as they are now
+    ///
+    /// A program that reads or maps a file which is not what it was may go wrong: hence they are refused without it.
+    #[arg(long)]
+    pub accept_changed: bool,
+    /// Print the pid, or the plan, as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// The directory of the image
+    pub dir: PathBuf,
+}
+
+const RESTORE_EXAMPLES: &str = "\
+Examples:
+  torpor restore image                            in the foreground, until it ends
+  torpor restore --detach --pidfile run/pid image as a service
+  torpor restore --plan image                     see what would be done, without privilege";
+
+/// Tell what this machine allows, or what a dump of a process would find
+///
+/// Without PID every kernel interface that Torpor uses is tried once: what is missing, what that costs, and which
+/// privileges would bring more. With PID that process is looked at, but not stopped: what a dump would take,
+/// lose or refuse, and what to do about it.
+#[derive(Debug, Args)]
+#[command(after_long_help = CHECK_EXAMPLES)]
+pub struct CheckArgs {
+    /// Print it as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// The process
+    #[arg(value_parser = clap::value_parser!(i32).range(1..))]
+    pub pid: Option<i32>,
+}
+
+const CHECK_EXAMPLES: &str = "\
+Examples:
+  torpor check                    exits with 0 if processes can be dumped and restored here
+  torpor check 4711               exits with 0 if that process can be dumped, with 5 if not
+  torpor check --json | jq '.interfaces[] | select(.present | not)'";
+
+/// Show what is in an image
+///
+/// Where and when it was taken, the threads and where each of them stands, the memory map, descriptors, locks,
+/// timers, signal handlers, and in which files the bytes are.
+#[derive(Debug, Args)]
+#[command(after_long_help = SHOW_EXAMPLES)]
+pub struct ShowArgs {
+    /// Print everything there is, as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// The directory of the image
+    pub dir: PathBuf,
+}
+
+const SHOW_EXAMPLES: &str = "\
+Examples:
+  torpor show image
+  torpor show --json image | jq '.tasks[].threads[].name'";
+
+/// Check every checksum and reference of an image
+///
+/// Reads all of the image. An image that passes is what the dump has written.
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// The directory of the image
+    pub dir: PathBuf,
+}
+
+/// See a small program frozen and woken up, step by step
+///
+/// Starts a program that counts, writes it to a directory and ends it, looks at what was written, and wakes it up
+/// again. Needs the privilege to restore (`torpor check`), takes some seconds and leaves nothing behind.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Print only the outcome, as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Print a completion script for a shell
+#[derive(Debug, Args)]
+#[command(after_long_help = "Example:\n  torpor completions bash > /etc/bash_completion.d/torpor")]
+pub struct CompletionArgs {
+    /// The shell
+    pub shell: clap_complete::Shell,
+}
+
+/// The program that the demo freezes
+#[derive(Debug, Args)]
+pub struct DemoProgramArgs {
+    /// Where it writes its numbers.
+    pub dir: PathBuf,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_pid_is_a_positive_number() {
+        for wrong in ["0", "-1", "x", "4294967297", ""] {
+            assert!(Cli::try_parse_from(["torpor", "dump", wrong, "dir"]).is_err(), "{wrong}");
+        }
+        assert!(Cli::try_parse_from(["torpor", "dump", "1", "dir"]).is_ok());
+    }
+
+    #[test]
+    fn what_excludes_each_other() {
+        for wrong in [
+            &["dump", "--leave-running", "--leave-stopped", "1", "d"][..],
+            &["restore", "--plan", "--detach", "d"],
+            &["restore", "--plan", "--pidfile", "p", "d"],
+        ] {
+            assert!(Cli::try_parse_from([&["torpor"], wrong].concat()).is_err(), "{wrong:?}");
+        }
+    }
+}

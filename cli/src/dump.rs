@@ -1,0 +1,156 @@
+//! `torpor dump`: from a running process to an image.
+
+use std::path::Path;
+
+use anyhow::Context;
+use nix::sys::signal::{SigSet, Signal};
+use serde::Serialize;
+use torpor_dumper::{Destination, Options, Target};
+use torpor_image::manifest::Times;
+
+use crate::args::DumpArgs;
+use crate::exit::Exit;
+use crate::progress::Progress;
+use crate::{output, verify};
+
+/// What becomes of the process when its image is complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Afterwards {
+    Ended,
+    Running,
+    Stopped,
+}
+
+/// What was dumped.
+#[derive(Debug, Serialize)]
+pub(crate) struct Summary {
+    pub(crate) pid: i32,
+    pub(crate) name: String,
+    pub(crate) threads: u32,
+    dir: String,
+    /// Of all files of the image but the manifest.
+    pub(crate) bytes: u64,
+    files: usize,
+    taken_at: u64,
+    ran_on: bool,
+    not_captured: Vec<String>,
+    times: Times,
+}
+
+pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
+    let afterwards = match (args.leave_running, args.leave_stopped) {
+        (true, _) => Afterwards::Running,
+        (_, true) => Afterwards::Stopped,
+        _ => Afterwards::Ended,
+    };
+    let summary = dump(args.pid, &args.dir, afterwards, args.fsync)?;
+    if !args.quiet {
+        for lost in &summary.not_captured {
+            output::note(&format!("not in the image: {lost}"));
+        }
+        if args.json {
+            output::json(&summary)?;
+        } else {
+            output::print(&line(&summary, afterwards))?;
+        }
+    }
+    Ok(Exit::Ok)
+}
+
+/// Dumps `pid` into `dir`. When this fails the process goes on as before.
+pub(crate) fn dump(pid: i32, dir: &Path, afterwards: Afterwards, fsync: bool) -> anyhow::Result<Summary> {
+    let target = Target::find(pid)?;
+    let destination = Destination::create(dir, fsync)?;
+    let survey = target.survey();
+    let progress = Progress::new("dumping", survey.resident);
+    let add = |bytes| progress.add(bytes);
+    let mut options = Options::default();
+    // A process left stopped may be let go at any time.
+    options.runs_on = afterwards != Afterwards::Ended;
+    options.progress = Some(&add);
+
+    let unstoppable = Unstoppable::begin();
+    let mut frozen = target.freeze()?;
+    let manifest = if afterwards == Afterwards::Running {
+        frozen.dump_and_resume(destination, &options)?.manifest
+    } else {
+        let manifest = frozen.dump(destination, &options)?.manifest;
+        let done = if afterwards == Afterwards::Ended { frozen.kill() } else { frozen.keep_stopped() };
+        done.with_context(|| {
+            format!("the image in `{}` is complete, but the process goes on", dir.display())
+        })?;
+        manifest
+    };
+    drop(unstoppable);
+
+    Ok(Summary {
+        pid,
+        name: survey.name.clone(),
+        threads: survey.threads,
+        dir: dir.display().to_string(),
+        bytes: verify::size(&manifest),
+        files: manifest.files.len() + 1,
+        taken_at: manifest.taken_at,
+        ran_on: manifest.ran_on,
+        not_captured: manifest.not_captured,
+        times: manifest.times,
+    })
+}
+
+fn line(summary: &Summary, afterwards: Afterwards) -> String {
+    let now = match afterwards {
+        Afterwards::Ended => "ended",
+        Afterwards::Running => "runs on",
+        Afterwards::Stopped => "stopped",
+    };
+    let Summary { pid, dir, .. } = summary;
+    let (name, bytes) = (output::name(&summary.name), output::bytes(summary.bytes));
+    let frozen = output::nanoseconds(summary.times.frozen);
+    format!("dumped pid {pid} ({name}) to {dir}: {bytes}, frozen for {frozen}, {now}\n")
+}
+
+/// Ctrl-Z at the wrong moment would leave us stopped, and with us the process that we hold.
+struct Unstoppable {
+    before: Option<SigSet>,
+}
+
+impl Unstoppable {
+    fn begin() -> Self {
+        let stops = SigSet::from_iter([Signal::SIGTSTP, Signal::SIGTTIN, Signal::SIGTTOU]);
+        // It cannot fail; if it did, the dump would only be stoppable.
+        Unstoppable { before: stops.thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_BLOCK).ok() }
+    }
+}
+
+impl Drop for Unstoppable {
+    fn drop(&mut self) {
+        if let Some(before) = &self.before {
+            let _cannot_fail = before.thread_set_mask();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_summary_is_one_line() {
+        let summary = Summary {
+            pid: 42,
+            name: "a\nb".into(),
+            threads: 1,
+            dir: "img".into(),
+            bytes: 4096,
+            files: 5,
+            taken_at: 0,
+            ran_on: false,
+            not_captured: Vec::new(),
+            times: Times { frozen: 1_500_000, ..Times::default() },
+        };
+        assert_eq!(
+            line(&summary, Afterwards::Ended),
+            "dumped pid 42 (a\\nb) to img: 4.0 KiB, frozen for 1.50 ms, ended\n"
+        );
+    }
+}

@@ -1,0 +1,69 @@
+//! The `torpor` program: arguments, progress, messages and exit codes around the libraries that do the work.
+//!
+//! One file per command. What a command is asked is in [`args`], what the program says by its exit code in
+//! [`exit`]; nothing outside of this crate prints.
+
+pub mod args;
+mod attach;
+mod check;
+mod demo;
+mod dump;
+pub mod exit;
+mod names;
+mod output;
+mod pidfile;
+mod progress;
+mod restore;
+mod show;
+mod verify;
+
+use clap::{CommandFactory, Parser};
+
+use args::{Cli, Command};
+use exit::Exit;
+
+/// Runs the program with the arguments of this process.
+pub fn main() -> Exit {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            // Help is asked for and goes to stdout, everything else to stderr; if nobody reads it, be it so.
+            let _unread = e.print();
+            return if e.use_stderr() { Exit::Usage } else { Exit::Ok };
+        }
+    };
+    collect_children();
+    match run(cli.command) {
+        Ok(exit) => exit,
+        Err(e) if output::is_closed(&e) => Exit::Ok,
+        Err(e) => {
+            output::complain(&exit::message(&e));
+            Exit::of(&e)
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<Exit> {
+    match command {
+        Command::Dump(args) => dump::run(&args),
+        Command::Restore(args) => restore::run(&args),
+        Command::Check(args) => check::run(&args),
+        Command::Show(args) => show::run(&args),
+        Command::Verify(args) => verify::run(&args),
+        Command::Demo(args) => demo::run(&args),
+        Command::DemoProgram(args) => demo::program::run(&args),
+        Command::Completions(args) => {
+            let mut script = Vec::new();
+            clap_complete::generate(args.shell, &mut Cli::command(), "torpor", &mut script);
+            output::print(&String::from_utf8_lossy(&script))?;
+            Ok(Exit::Ok)
+        }
+    }
+}
+
+/// A parent that ignores SIGCHLD hands that down, and then the kernel throws away the status of children.
+fn collect_children() {
+    // SAFETY: the default action is no code of ours.
+    let _never_fails =
+        unsafe { nix::sys::signal::signal(nix::sys::signal::SIGCHLD, nix::sys::signal::SigHandler::SigDfl) };
+}

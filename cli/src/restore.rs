@@ -1,0 +1,109 @@
+//! `torpor restore`: from an image to a running process.
+
+use std::path::Path;
+
+use nix::unistd::{Pid, getpgid, getsid, setpgid, setsid};
+use serde::Serialize;
+use torpor_image::Image;
+use torpor_image::inode::Inode;
+use torpor_restorer::{Host, Options, Plan, Prepared};
+
+use crate::args::RestoreArgs;
+use crate::attach::{Attached, Terminal};
+use crate::exit::Exit;
+use crate::output;
+use crate::pidfile::PidFile;
+use crate::progress::Progress;
+
+#[derive(Serialize)]
+struct Restored {
+    pid: i32,
+}
+
+pub(crate) fn run(args: &RestoreArgs) -> anyhow::Result<Exit> {
+    let image = Image::open(&args.dir)?;
+    let plan = plan(&image, args.accept_changed, args.detach)?;
+    for note in &plan.notes {
+        output::note(note);
+    }
+    if args.plan {
+        if args.json {
+            output::json_pretty(&plan)?;
+        } else {
+            output::print(&output::safe(&plan.to_string()))?;
+        }
+        return Ok(Exit::Ok);
+    }
+    // Before anything is restored: a terminal among it gets the settings of the image.
+    let terminal = Terminal::remember();
+    let progress = Progress::new("restoring", content(&image));
+    let add = |bytes| progress.add(bytes);
+    let prepared = torpor_restorer::prepare(&image, &plan, Some(&add))?;
+    progress.finish();
+    if args.detach { detach(args, prepared) } else { attach(args, prepared, &terminal) }
+}
+
+/// Bytes of the files that are made again, which is what a restore reports as it goes on.
+fn content(image: &Image) -> u64 {
+    let contents = image.objects.inodes.iter().filter_map(Inode::content);
+    contents.flat_map(|extents| image.records(extents)).map(|r| r.length).fold(0, u64::saturating_add)
+}
+
+/// The plan to restore `image` on this machine.
+pub(crate) fn plan(image: &Image, accept_changed: bool, detach: bool) -> anyhow::Result<Plan> {
+    let mut options = Options::default();
+    options.accept_changed = accept_changed;
+    options.detach = detach;
+    Ok(torpor_restorer::plan(image, &Host::probe()?, &options)?)
+}
+
+/// Lets the process run and leaves it to itself.
+fn detach(args: &RestoreArgs, prepared: Prepared<'_>) -> anyhow::Result<Exit> {
+    let pidfile = write_pidfile(args.pidfile.as_deref(), &prepared)?;
+    let pid = prepared.resume(args.stopped).pid();
+    pidfile.into_iter().for_each(PidFile::keep);
+    leave_session_of(pid);
+    if args.json {
+        output::json(&Restored { pid })?;
+    } else {
+        output::print(&format!("{pid}\n"))?;
+    }
+    Ok(Exit::Ok)
+}
+
+/// Lets the process run, stands in for it until it ends, and ends like it.
+fn attach(args: &RestoreArgs, prepared: Prepared<'_>, terminal: &Terminal) -> anyhow::Result<Exit> {
+    let attached = Attached::begin()?;
+    let pidfile = write_pidfile(args.pidfile.as_deref(), &prepared)?;
+    let lent = attached.lend_terminal(prepared.pid(), terminal);
+    let pid = prepared.resume(args.stopped).pid();
+    pidfile.into_iter().for_each(PidFile::keep);
+    if args.json {
+        // The process runs, whoever reads that.
+        if let Err(e) = output::json(&Restored { pid }) {
+            output::note(&format!("{e:#}"));
+        }
+    }
+    attached.wait(pid, lent)
+}
+
+fn write_pidfile(path: Option<&Path>, prepared: &Prepared<'_>) -> anyhow::Result<Option<PidFile>> {
+    Ok(path.map(|path| PidFile::write(path, prepared.pid())).transpose()?)
+}
+
+/// Leaves the session of process `pid`, if that is ours.
+///
+/// When we end and its process group is orphaned by that, the kernel sends SIGHUP to a stopped member of it
+/// (kernel/exit.c, `reparent_leader` and `kill_orphaned_pgrp`); not so if its parent is of another session. A leader
+/// of a process group cannot leave, so that we join another group first: that of the process.
+fn leave_session_of(pid: i32) {
+    let pid = Pid::from_raw(pid);
+    if getsid(Some(pid)).is_ok_and(|theirs| Ok(theirs) == getsid(None)) && setsid().is_err() {
+        // The leader of the session can do neither; its end ends the session anyway.
+        if let Ok(group) = getpgid(Some(pid))
+            && setpgid(Pid::from_raw(0), group).is_ok()
+        {
+            let _best_effort = setsid();
+        }
+    }
+}

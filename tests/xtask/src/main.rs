@@ -1,0 +1,30 @@
+//! Tasks of Torpor's own development: `cargo xtask bench`.
+
+mod bench;
+mod sample;
+mod victim;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "xtask", about = "Tasks of Torpor's own development")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Measures dumps and restores, interleaved with `criu` when one is on PATH.
+    Bench(bench::Arguments),
+    /// A program to be measured: owns what its kind says, and sleeps.
+    #[command(hide = true)]
+    Victim(victim::Arguments),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Arguments::parse().task {
+        Task::Bench(arguments) => bench::run(&arguments),
+        Task::Victim(arguments) => victim::run(&arguments),
+    }
+}

@@ -1,0 +1,184 @@
+//! One measurement: a fresh victim, a dump, a restore, all by one tool.
+
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+
+use crate::victim::Kind;
+
+/// Who does it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Tool {
+    Torpor(PathBuf),
+    Criu(PathBuf),
+}
+
+/// Times in milliseconds.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Sample {
+    pub(crate) freezing: f64,
+    pub(crate) frozen: f64,
+    pub(crate) dump: f64,
+    pub(crate) restore: f64,
+}
+
+impl Tool {
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Tool::Torpor(_) => "torpor",
+            Tool::Criu(_) => "criu",
+        }
+    }
+
+    /// Measures one dump and one restore of a fresh victim.
+    pub(crate) fn sample(&self, kind: Kind, size: usize, dir: &Path) -> anyhow::Result<Sample> {
+        let image = dir.join("image");
+        let _none = fs::remove_dir_all(&image);
+        fs::create_dir(&image)?;
+        let mut victim = start(kind, size, dir)?;
+        let pid = victim.id() as i32;
+        let result = self.cycle(&mut victim, pid, &image);
+        // SAFETY: kill takes numbers only; the pid is of a process this run started.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+        reap(pid);
+        result
+    }
+
+    fn cycle(&self, victim: &mut Child, pid: i32, image: &Path) -> anyhow::Result<Sample> {
+        let mut sample = Sample::default();
+        let id = pid.to_string();
+        let begin = Instant::now();
+        match self {
+            Tool::Torpor(path) => {
+                run(Command::new(path).args(["dump", "--quiet", &id]).arg(image))?;
+                sample.dump = ms(begin.elapsed());
+                let shown = Command::new(path).args(["show", "--json"]).arg(image).output()?;
+                let json: serde_json::Value = serde_json::from_slice(&shown.stdout)?;
+                let time = |name: &str| json["manifest"]["times"][name].as_f64().unwrap_or(f64::NAN) / 1e6;
+                (sample.freezing, sample.frozen) = (time("freezing"), time("frozen"));
+            }
+            Tool::Criu(path) => {
+                let args = ["dump", "-v0", "-o", "dump.log", "-t", &id, "-D"];
+                run(Command::new(path).args(args).arg(image))?;
+                sample.dump = ms(begin.elapsed());
+                let times = stats(&fs::read(image.join("stats-dump"))?).context("stats-dump")?;
+                (sample.freezing, sample.frozen) = times;
+            }
+        }
+        victim.wait()?;
+        let begin = Instant::now();
+        match self {
+            Tool::Torpor(path) => run(Command::new(path).args(["restore", "--detach"]).arg(image))?,
+            Tool::Criu(path) => {
+                run(Command::new(path).args(["restore", "-v0", "-o", "restore.log", "-d", "-D"]).arg(image))?;
+            }
+        }
+        sample.restore = ms(begin.elapsed());
+        if !Path::new(&format!("/proc/{pid}")).exists() {
+            bail!("nothing runs after the restore by {}", self.name());
+        }
+        Ok(sample)
+    }
+}
+
+/// Touches and frees more memory than the sample needs: memory that has lain idle on a virtual machine is
+/// first given back by the host, at a multiple of the cost of everything that is measured here.
+pub(crate) fn warm(bytes: usize) {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
+    // SAFETY: a mapping of our own, made and removed.
+    unsafe {
+        let start = libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+        if start != libc::MAP_FAILED {
+            libc::munmap(start, bytes);
+        }
+    }
+}
+
+fn start(kind: Kind, size: usize, dir: &Path) -> anyhow::Result<Child> {
+    let ready = dir.join("ready");
+    let _none = fs::remove_file(&ready);
+    let kind = clap::ValueEnum::to_possible_value(&kind).map(|v| v.get_name().to_owned());
+    let mut command = Command::new(std::env::current_exe()?);
+    command
+        .args(["victim", &kind.unwrap_or_default(), &size.to_string()])
+        .arg(&ready)
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    // SAFETY: between fork and exec, only calls that are safe there.
+    unsafe {
+        command.pre_exec(|| {
+            libc::setsid();
+            libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
+            Ok(())
+        });
+    }
+    let child = command.spawn().context("starting a victim")?;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !ready.exists() {
+        anyhow::ensure!(Instant::now() < deadline, "the victim is not ready after a minute");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    Ok(child)
+}
+
+fn run(command: &mut Command) -> anyhow::Result<()> {
+    let output = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).output()?;
+    if !output.status.success() {
+        bail!("{command:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}
+
+/// Waits for a process that became our child when its parent went: this process is a subreaper.
+fn reap(pid: i32) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while Path::new(&format!("/proc/{pid}")).exists() && Instant::now() < deadline {
+        // SAFETY: waitpid may be given no status.
+        unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::WNOHANG) };
+        std::thread::sleep(Duration::from_micros(500));
+    }
+}
+
+/// Freezing and frozen time of CRIU's statistics: two magic words, a length, and a protobuf message whose
+/// field 1 holds fields 1 (freezing) and 2 (frozen), in microseconds.
+fn stats(file: &[u8]) -> Option<(f64, f64)> {
+    let mut rest = file.get(12..)?;
+    let _tag = varint(&mut rest)?;
+    let length = varint(&mut rest)? as usize;
+    let mut body = rest.get(..length)?;
+    let (mut freezing, mut frozen) = (None, None);
+    while !body.is_empty() {
+        let tag = varint(&mut body)?;
+        let value = varint(&mut body)? as f64 / 1e3;
+        match tag >> 3 {
+            1 => freezing = Some(value),
+            2 => frozen = Some(value),
+            _ => {}
+        }
+    }
+    Some((freezing?, frozen?))
+}
+
+fn varint(rest: &mut &[u8]) -> Option<u64> {
+    let mut value = 0;
+    for shift in (0..64).step_by(7) {
+        let (byte, after) = rest.split_first()?;
+        *rest = after;
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Some(value);
+        }
+    }
+    None
+}
+
+fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
