@@ -7,8 +7,8 @@ use clap::{Args, Parser, Subcommand};
 /// Freeze a running program into a directory, and wake it up again from there
 ///
 /// Torpor writes everything that a running program is (its memory, threads, open files, timers and more) into
-/// a directory, the image. From the image it comes back later and goes on at the very instruction where it was.
-/// The program need not be prepared for that.
+/// a directory, the image. From the image it comes back later and goes on at the very instruction where it
+/// was. The program need not be prepared for that.
 #[derive(Debug, Parser)]
 #[command(name = "torpor", version, arg_required_else_help = true, after_long_help = CLI_EXAMPLES)]
 pub struct Cli {
@@ -54,9 +54,9 @@ pub enum Command {
 
 /// Write a running process to a directory
 ///
-/// The process is stopped for a moment, written to DIR, and then ended. If anything goes wrong it runs on as if
-/// nothing had happened, and nothing is left in DIR. What would be lost is refused by name before the process
-/// is stopped: `torpor check PID` tells beforehand.
+/// The process is stopped for a moment, written to DIR, and then ended. If anything goes wrong it runs on as
+/// if nothing had happened, and nothing is left in DIR. What would be lost is refused by name before the
+/// process is stopped: `torpor check PID` tells beforehand.
 #[derive(Debug, Args)]
 #[command(after_long_help = DUMP_EXAMPLES)]
 pub struct DumpArgs {
@@ -97,9 +97,9 @@ Examples:
 /// The process gets the pid it had, and goes on where it was. Until it stands complete nothing of it runs, so
 /// that a restore that fails leaves nothing behind. The image is not changed and can be restored again.
 ///
-/// Without --detach Torpor stays as the parent: it passes signals on (SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1,
-/// SIGUSR2, SIGCONT, SIGTSTP, SIGWINCH), lends the terminal, and exits with the program's status, 128+N if
-/// signal N ended it.
+/// Without --detach Torpor stays as the parent: it passes signals on (SIGINT, SIGTERM, SIGHUP, SIGQUIT,
+/// SIGUSR1, SIGUSR2, SIGCONT, SIGTSTP, SIGWINCH), lends the terminal, and exits with the program's status,
+/// 128+N if signal N ended it.
 #[derive(Debug, Args)]
 #[command(after_long_help = RESTORE_EXAMPLES)]
 pub struct RestoreArgs {
@@ -117,7 +117,8 @@ pub struct RestoreArgs {
     pub plan: bool,
     /// Take files that changed since the dump as they are now
     ///
-    /// A program that reads or maps a file which is not what it was may go wrong: hence they are refused without it.
+    /// A program that reads or maps a file which is not what it was may go wrong: hence they are refused
+    /// without it.
     #[arg(long)]
     pub accept_changed: bool,
     /// Print the pid, or the plan, as JSON
@@ -135,9 +136,9 @@ Examples:
 
 /// Tell what this machine allows, or what a dump of a process would find
 ///
-/// Without PID every kernel interface that Torpor uses is tried once: what is missing, what that costs, and which
-/// privileges would bring more. With PID that process is looked at, but not stopped: what a dump would take,
-/// lose or refuse, and what to do about it.
+/// Without PID every kernel interface that Torpor uses is tried once: what is missing, what that costs, and
+/// which privileges would bring more. With PID that process is looked at, but not stopped: what a dump would
+/// take, lose or refuse, and what to do about it.
 #[derive(Debug, Args)]
 #[command(after_long_help = CHECK_EXAMPLES)]
 pub struct CheckArgs {
@@ -157,8 +158,8 @@ Examples:
 
 /// Show what is in an image
 ///
-/// Where and when it was taken, the threads and where each of them stands, the memory map, descriptors, locks,
-/// timers, signal handlers, and in which files the bytes are.
+/// Where and when it was taken, the threads and where each of them stands, the memory map, descriptors,
+/// locks, timers, signal handlers, and in which files the bytes are.
 #[derive(Debug, Args)]
 #[command(after_long_help = SHOW_EXAMPLES)]
 pub struct ShowArgs {
@@ -188,8 +189,9 @@ pub struct VerifyArgs {
 
 /// See a small program frozen and woken up, step by step
 ///
-/// Starts a program that counts, writes it to a directory and ends it, looks at what was written, and wakes it up
-/// again. Needs the privilege to restore (`torpor check`), takes some seconds and leaves nothing behind.
+/// Starts a program that counts, writes it to a directory and ends it, looks at what was written, and wakes
+/// it up again. Needs the privilege to restore (`torpor check`), takes some seconds and leaves nothing
+/// behind.
 #[derive(Debug, Args)]
 pub struct DemoArgs {
     /// Print only the outcome, as JSON

@@ -1,12 +1,12 @@
 //! Standing in for a restored process in front of the shell or supervisor that started us.
 //!
-//! Signals are not handled but blocked and waited for, together with SIGCHLD, in one loop: there is no handler
-//! that could run at a bad moment, and none is lost between a look at the child and the wait.
+//! Signals are not handled but blocked and waited for, together with SIGCHLD, in one loop: there is no
+//! handler that could run at a bad moment, and none is lost between a look at the child and the wait.
 //!
-//! The process has the process group of its dump, which the shell knows nothing of. On a terminal we do for it what
-//! a shell does for a job ("Implementing a Job Control Shell", glibc manual): lend it the terminal, and
-//! when it is stopped from the keyboard take the terminal back and stop as well, so that Ctrl-Z, `fg` and `bg`
-//! work as with any program.
+//! The process has the process group of its dump, which the shell knows nothing of. On a terminal we do for
+//! it what a shell does for a job ("Implementing a Job Control Shell", glibc manual): lend it the terminal,
+//! and when it is stopped from the keyboard take the terminal back and stop as well, so that Ctrl-Z, `fg` and
+//! `bg` work as with any program.
 
 use std::io::{self, IsTerminal};
 
@@ -195,8 +195,8 @@ impl Lent<'_> {
         }
     }
 
-    /// The process was stopped by `signal`: from the keyboard, for reading or writing in the background, or, which
-    /// does not concern us, by somebody who will let it go on as well.
+    /// The process was stopped by `signal`: from the keyboard, for reading or writing in the background, or,
+    /// which does not concern us, by somebody who will let it go on as well.
     fn stopped(&mut self, signal: Signal) {
         let in_background = matches!(signal, Signal::SIGTTIN | Signal::SIGTTOU);
         if self.job == Job::Apart || !in_background && signal != Signal::SIGTSTP {
@@ -236,8 +236,8 @@ impl Drop for Lent<'_> {
     }
 }
 
-/// Stops `whom`, us or our process group, as the terminal would have done, and returns when we go on; false when
-/// the kernel would not stop us.
+/// Stops `whom`, us or our process group, as the terminal would have done, and returns when we go on; false
+/// when the kernel would not stop us.
 fn stop_ourselves(whom: Pid, signal: Signal) -> bool {
     let only = SigSet::from_iter([signal]);
     let Ok(before) = only.thread_swap_mask(SigmaskHow::SIG_UNBLOCK) else { return false };

@@ -264,7 +264,8 @@ mod tests {
     }
 
     #[test]
-    fn codes_are_distinct() {
+    fn codes_are_distinct_and_documented() {
+        let page = include_str!("../../docs/exit-codes.md");
         let all = [
             Exit::Ok,
             Exit::Unexpected,
@@ -279,6 +280,7 @@ mod tests {
         ];
         for (code, exit) in all.into_iter().enumerate() {
             assert_eq!(usize::from(exit.code()), code);
+            assert!(page.contains(&format!("\n| {code} | ")), "docs/exit-codes.md lacks {code}");
         }
     }
 }

@@ -51,9 +51,13 @@ impl Progress {
             return;
         }
         let (now, next) = (elapsed.as_millis() as u64, self.next.load(Ordering::Relaxed));
+        if now < next {
+            return;
+        }
+        // Of several threads only one draws.
         let after = now + INTERVAL.as_millis() as u64;
         let mine = self.next.compare_exchange(next, after, Ordering::Relaxed, Ordering::Relaxed).is_ok();
-        if now >= next && mine && ready() {
+        if mine && ready() {
             let line = line(self.what, done, self.total, elapsed);
             let _unread = write!(std::io::stderr(), "\r{line}\x1b[K");
         }

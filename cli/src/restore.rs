@@ -60,14 +60,10 @@ pub(crate) fn plan(image: &Image, accept_changed: bool, detach: bool) -> anyhow:
 /// Lets the process run and leaves it to itself.
 fn detach(args: &RestoreArgs, prepared: Prepared<'_>) -> anyhow::Result<Exit> {
     let pidfile = write_pidfile(args.pidfile.as_deref(), &prepared)?;
+    announce(args, prepared.pid())?;
     let pid = prepared.resume(args.stopped).pid();
     pidfile.into_iter().for_each(PidFile::keep);
     leave_session_of(pid);
-    if args.json {
-        output::json(&Restored { pid })?;
-    } else {
-        output::print(&format!("{pid}\n"))?;
-    }
     Ok(Exit::Ok)
 }
 
@@ -75,16 +71,21 @@ fn detach(args: &RestoreArgs, prepared: Prepared<'_>) -> anyhow::Result<Exit> {
 fn attach(args: &RestoreArgs, prepared: Prepared<'_>, terminal: &Terminal) -> anyhow::Result<Exit> {
     let attached = Attached::begin()?;
     let pidfile = write_pidfile(args.pidfile.as_deref(), &prepared)?;
+    if args.json {
+        announce(args, prepared.pid())?;
+    }
     let lent = attached.lend_terminal(prepared.pid(), terminal);
     let pid = prepared.resume(args.stopped).pid();
     pidfile.into_iter().for_each(PidFile::keep);
-    if args.json {
-        // The process runs, whoever reads that.
-        if let Err(e) = output::json(&Restored { pid }) {
-            output::note(&format!("{e:#}"));
-        }
-    }
     attached.wait(pid, lent)
+}
+
+/// Prints the pid. Before the process runs: if that fails, so does the restore.
+fn announce(args: &RestoreArgs, pid: i32) -> anyhow::Result<()> {
+    let printed =
+        if args.json { output::json(&Restored { pid }) } else { output::print(&format!("{pid}\n")) };
+    // A reader that has gone away does not want to know.
+    printed.or_else(|e| if output::is_closed(&e) { Ok(()) } else { Err(e) })
 }
 
 fn write_pidfile(path: Option<&Path>, prepared: &Prepared<'_>) -> anyhow::Result<Option<PidFile>> {
@@ -94,8 +95,8 @@ fn write_pidfile(path: Option<&Path>, prepared: &Prepared<'_>) -> anyhow::Result
 /// Leaves the session of process `pid`, if that is ours.
 ///
 /// When we end and its process group is orphaned by that, the kernel sends SIGHUP to a stopped member of it
-/// (kernel/exit.c, `reparent_leader` and `kill_orphaned_pgrp`); not so if its parent is of another session. A leader
-/// of a process group cannot leave, so that we join another group first: that of the process.
+/// (kernel/exit.c, `reparent_leader` and `kill_orphaned_pgrp`); not so if its parent is of another session. A
+/// leader of a process group cannot leave, so that we join another group first: that of the process.
 fn leave_session_of(pid: i32) {
     let pid = Pid::from_raw(pid);
     if getsid(Some(pid)).is_ok_and(|theirs| Ok(theirs) == getsid(None)) && setsid().is_err() {

@@ -1,8 +1,8 @@
 //! The descriptor table: which numbers share an open file description, and what each is open on.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
-use std::os::fd::AsFd;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::sys::stat::SFlag;
 use torpor_image::description::{Description, Kind, Owner};
@@ -110,28 +110,32 @@ fn look(collector: &Collector, fd: i32) -> torpor_kernel::Result<Found> {
 }
 
 /// For each descriptor the first one with the same description. Candidates have the same inode, flags and
-/// position; kcmp decides among them.
+/// position; among them kcmp decides, which gives an order, so that each is found by bisection (kcmp(2)).
 fn same_description(collector: &Collector, all: &[Found]) -> Result<Vec<usize>> {
     let mut buckets: HashMap<(u64, u64, u32, u64), Vec<usize>> = HashMap::new();
     let mut owner = Vec::with_capacity(all.len());
     for (i, found) in all.iter().enumerate() {
         let key = (found.stat.st_dev, found.stat.st_ino, found.info.flags & !O_CLOEXEC, found.info.pos);
         let bucket = buckets.entry(key).or_default();
+        let (mut low, mut high) = (0, bucket.len());
         let mut first = i;
-        for &other in bucket.iter() {
-            let (a, b) = (all[other].fd as u64, found.fd as u64);
+        while low < high {
+            let middle = (low + high) / 2;
+            let (a, b) = (all[bucket[middle]].fd as u64, found.fd as u64);
             match fds::kcmp(collector.pid, collector.pid, KcmpType::File, a, b) {
-                Ok(std::cmp::Ordering::Equal) => {
-                    first = other;
+                Ok(Ordering::Equal) => {
+                    first = bucket[middle];
                     break;
                 }
-                Ok(_) => {}
-                Err(e) if e.errno() == Some(nix::errno::Errno::EBADF) => {}
+                Ok(Ordering::Less) => low = middle + 1,
+                Ok(Ordering::Greater) => high = middle,
+                // Closed since, which happens to a running process only.
+                Err(e) if e.errno() == Some(nix::errno::Errno::EBADF) => break,
                 Err(e) => return Err(Error::kernel(collector.pid, "comparing descriptors")(e)),
             }
         }
         if first == i {
-            bucket.push(i);
+            bucket.insert(low.min(bucket.len()), i);
         }
         owner.push(first);
     }

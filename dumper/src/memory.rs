@@ -147,8 +147,11 @@ pub(crate) fn write_staged(
 ) -> Result<Vec<Record>> {
     let mut records = Vec::new();
     for &(start, end, at) in runs {
-        store(&mut records, start, &stage.bytes()[at..at + (end - start) as usize], file)?;
-        progress(end - start);
+        let bytes = &stage.bytes()[at..at + (end - start) as usize];
+        for (i, chunk) in bytes.chunks(CHUNK as usize).enumerate() {
+            store(&mut records, start + i as u64 * CHUNK, chunk, file)?;
+            progress(chunk.len() as u64);
+        }
     }
     records.extend(guards);
     records.sort_by_key(|r| r.address);

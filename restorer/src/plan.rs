@@ -206,13 +206,15 @@ fn plan_task(planner: &mut Planner<'_>, index: usize, task: &Task, options: &Opt
     lock::plan(&mut script, task);
     phase("descriptors", script);
 
+    // Actions before threads: setting one discards what is pending of a signal that is ignored by default
+    // (sigaction(2)), the traps of other threads among it.
     let mut script = Script::new();
+    signal::actions(&mut script, &task.signals);
     thread::spawn(&mut script, task, STACK);
     phase("threads", script);
 
     let mut script = Script::new();
     task::attributes(&mut script, planner, task);
-    signal::actions(&mut script, &task.signals);
     signal::pending(&mut script, task.pid.0, &task.signals);
     timer::plan(&mut script, &task.timers, host);
     thread::plan(&mut script, task, task.leader(), host);
@@ -320,9 +322,8 @@ fn arena_length(phases: &[Phase], threads: &[Script], contexts: usize) -> u64 {
     layout.end.next_multiple_of(PAGE)
 }
 
-/// Where everything lies in the arena of a task.
+/// Where everything lies in the arena of a task: contexts, stacks, scripts.
 pub(crate) struct Layout {
-    pub(crate) contexts: u64,
     pub(crate) stacks: u64,
     pub(crate) phases: Vec<torpor_parasite::script::Placed>,
     pub(crate) threads: Vec<torpor_parasite::script::Placed>,
@@ -341,7 +342,7 @@ pub(crate) fn layout(phases: &[Phase], threads: &[Script], contexts: usize) -> L
     };
     let phases = phases.iter().map(|p| place(&p.script)).collect();
     let threads = threads.iter().map(&mut place).collect();
-    Layout { contexts: SHARED, stacks, phases, threads, end }
+    Layout { stacks, phases, threads, end }
 }
 
 /// A system call instruction in the vdso the task will have, else in a file it maps with code: its address

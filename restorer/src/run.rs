@@ -10,7 +10,7 @@ use torpor_image::thread::Thread;
 use torpor_kernel::ids::{Pid, Tid};
 use torpor_kernel::ptrace::{self, Stop};
 use torpor_parasite::script::{OpId, Placed, Script, Surroundings};
-use torpor_parasite::wire::{Context, Heal, command, heal, state};
+use torpor_parasite::wire::{Context, Heal, command, heal, kind, state};
 
 use crate::arena::Arena;
 use crate::error::{Error, Result};
@@ -229,8 +229,9 @@ impl Building<'_> {
         let result = script.outcome(placed, arena.bytes()).result(OpId(context.failed));
         let errno = Errno::from_raw(-result as i32);
         let purpose = script.steps().get(failed).map_or_else(|| "state".to_owned(), |s| s.purpose.to_string());
-        if plan.phases.get(plan.threads_after).is_some_and(|p| std::ptr::eq(&raw const p.script, script))
-            && let Some(thread) = self.task.threads.get(1 + failed)
+        let spawns = || script.steps()[..failed].iter().filter(|s| s.kind == kind::SPAWN).count();
+        if script.steps().get(failed).is_some_and(|s| s.kind == kind::SPAWN)
+            && let Some(thread) = self.task.threads.get(1 + spawns())
         {
             return Err(birth::failure(self.task, thread.tid.0, errno));
         }

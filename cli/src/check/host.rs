@@ -1,7 +1,7 @@
 //! What this machine and our privileges allow.
 //!
-//! Everything is concluded from the probes, none of it from kernel versions or from being root: a container may
-//! take from root what matters here, and an ordinary user may have it.
+//! Everything is concluded from the probes, none of it from kernel versions or from being root: a container
+//! may take from root what matters here, and an ordinary user may have it.
 
 use std::fmt::Write as _;
 

@@ -23,7 +23,8 @@ const LIFE: u64 = 600;
 const SECRET: usize = 64 << 10;
 
 pub(crate) fn run(args: &DemoProgramArgs) -> anyhow::Result<Exit> {
-    // Away from the shell of the demo, and from whatever that has open: a program of its own, as a service is.
+    // Away from the shell of the demo, and from whatever that has open: a program of its own, as a service
+    // is.
     let _leader_already = nix::unistd::setsid();
     // SAFETY: nothing in this program has opened a descriptor yet, so that nobody owns one above 2.
     unsafe { libc::close_range(3, u32::MAX, 0) };

@@ -36,7 +36,7 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let size = arguments.size;
     match arguments.kind {
-        Kind::Memory => memory(size << 20, libc::MADV_NOHUGEPAGE)?,
+        Kind::Memory => memory(size << 20, libc::MADV_NORMAL)?,
         Kind::Huge => memory(size << 20, libc::MADV_HUGEPAGE)?,
         Kind::Sleeping => threads(size, || std::thread::sleep(Duration::from_secs(3600)))?,
         Kind::Spinning => threads(size, std::hint::spin_loop)?,

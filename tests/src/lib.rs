@@ -1,0 +1,507 @@
+//! What the whole-system tests share: victims, the `torpor` program, and what /proc says of a process.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write as _;
+use std::fs;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+/// What a test gives: nothing, or what went wrong.
+pub type Outcome<T = ()> = Result<T, String>;
+
+/// How long anything may take before it counts as hanging.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Fails with a message unless a condition holds.
+#[macro_export]
+macro_rules! ensure {
+    ($condition:expr, $($message:tt)+) => {
+        if !$condition { return Err(format!($($message)+)); }
+    };
+}
+
+/// Restored processes become children of this one, so that nobody else can reap them.
+pub fn become_subreaper() {
+    // SAFETY: PR_SET_CHILD_SUBREAPER takes no pointer.
+    unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) };
+}
+
+/// Whether the tests run as root.
+pub fn is_root() -> bool {
+    // SAFETY: geteuid cannot fail.
+    unsafe { libc::geteuid() == 0 }
+}
+
+/// The root of the workspace.
+pub fn workspace() -> PathBuf {
+    let dir = std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    dir.parent().map_or(dir.clone(), Path::to_path_buf)
+}
+
+/// Where cargo puts what it builds, for this profile.
+fn target() -> PathBuf {
+    let exe = std::env::current_exe().expect("a test knows its program");
+    let dir = exe.parent().expect("a program lies in a directory");
+    if dir.ends_with("deps") { dir.parent().expect("deps has a parent").to_owned() } else { dir.to_owned() }
+}
+
+/// The `torpor` program: `$TORPOR`, or built now as these tests were.
+pub fn torpor() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| {
+        if let Some(path) = std::env::var_os("TORPOR") {
+            return fs::canonicalize(&path).unwrap_or_else(|e| panic!("TORPOR={}: {e}", path.display()));
+        }
+        let target = target();
+        let profile = match target.file_name().and_then(|n| n.to_str()) {
+            Some("debug") | None => "dev",
+            Some(other) => other,
+        };
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let status = Command::new(cargo)
+            .args(["build", "--quiet", "-p", "torpor", "--bin", "torpor", "--profile", profile, "--target-dir"])
+            .arg(target.parent().expect("a profile lies in the target directory"))
+            .current_dir(workspace())
+            .status()
+            .expect("cargo runs");
+        assert!(status.success(), "cargo build -p torpor: {status}");
+        target.join("torpor")
+    })
+}
+
+/// Builds a victim, or any C program, once.
+pub fn build(source: &Path) -> Outcome<PathBuf> {
+    static DONE: Mutex<Option<HashMap<PathBuf, PathBuf>>> = Mutex::new(None);
+    let mut done = DONE.lock().map_err(|e| e.to_string())?;
+    let done = done.get_or_insert_default();
+    if let Some(path) = done.get(source) {
+        return Ok(path.clone());
+    }
+    let dir = target().join("victims");
+    fs::create_dir_all(&dir).map_err(|e| e.to_string())?;
+    let name = source.file_stem().ok_or("no name")?.to_string_lossy().into_owned();
+    let set = source.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
+    let program = dir.join(format!("{set}-{name}"));
+    let modified = |p: &Path| fs::metadata(p).and_then(|m| m.modified()).ok();
+    let newest = modified(source).max(modified(&source.with_file_name("check.h")));
+    if modified(&program) < newest {
+        let fresh = dir.join(format!("{name}.{}", std::process::id()));
+        let output = Command::new("gcc")
+            .args(["-O1", "-g", "-Wall", "-Wextra", "-pthread"])
+            .arg(source)
+            .arg("-o")
+            .arg(&fresh)
+            .arg("-lrt")
+            .output()
+            .map_err(|e| format!("gcc: {e}; apt-get install gcc libc6-dev"))?;
+        ensure!(output.status.success(), "gcc {name}.c:\n{}", String::from_utf8_lossy(&output.stderr));
+        fs::rename(&fresh, &program).map_err(|e| e.to_string())?;
+    }
+    done.insert(source.to_owned(), program.clone());
+    Ok(program)
+}
+
+/// The victim program `name`.
+pub fn victim(name: &str) -> Outcome<PathBuf> {
+    build(&workspace().join("tests/victims").join(format!("{name}.c")))
+}
+
+/// What a program said.
+#[derive(Debug)]
+pub struct Said {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// Its standard output and error.
+    pub text: String,
+}
+
+impl Said {
+    /// The exit code; 128 + N for signal N.
+    pub fn code(&self) -> i32 {
+        self.status.code().unwrap_or_else(|| 128 + self.status.signal().unwrap_or(0))
+    }
+
+    /// Fails unless it ended with `code`, and never for a panic.
+    pub fn expect(self, code: i32) -> Outcome<String> {
+        ensure!(!self.text.contains("panicked at"), "it panicked:\n{}", self.text);
+        ensure!(self.code() == code, "exit code {} instead of {code}:\n{}", self.code(), self.text);
+        Ok(self.text)
+    }
+}
+
+/// Runs a program to its end, with nothing on its input.
+pub fn run(command: &mut Command) -> Outcome<Said> {
+    let mut out = tempfile::tempfile().map_err(|e| e.to_string())?;
+    let both = || out.try_clone().map(Stdio::from).map_err(|e| e.to_string());
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(both()?)
+        .stderr(both()?)
+        .spawn()
+        .map_err(|e| format!("{}: {e}", command.get_program().display()))?;
+    let deadline = Instant::now() + PATIENCE;
+    let status = loop {
+        match child.try_wait().map_err(|e| e.to_string())? {
+            Some(status) => break status,
+            None if Instant::now() > deadline => {
+                let where_ = threads_of(child.id() as i32);
+                let _gone = child.kill();
+                let _reaped = child.wait();
+                return Err(format!("{command:?} hangs:\n{where_}"));
+            }
+            None => std::thread::sleep(Duration::from_millis(2)),
+        }
+    };
+    let mut text = String::new();
+    use std::io::{Read, Seek};
+    out.rewind().map_err(|e| e.to_string())?;
+    let mut bytes = Vec::new();
+    out.read_to_end(&mut bytes).map_err(|e| e.to_string())?;
+    text.push_str(&String::from_utf8_lossy(&bytes));
+    Ok(Said { status, text })
+}
+
+/// A command line of torpor.
+pub fn torpor_command(args: &[&str]) -> Command {
+    let mut command = Command::new(torpor());
+    command.args(args);
+    command
+}
+
+/// Runs torpor to its end.
+pub fn run_torpor(args: &[&str]) -> Outcome<Said> {
+    run(&mut torpor_command(args))
+}
+
+/// A victim, from its start over any number of dumps and restores. Dropped, it is killed.
+pub struct Victim {
+    /// Its directory, its log and the images.
+    pub dir: TempDir,
+    /// Its pid.
+    pub pid: i32,
+    child: Option<Child>,
+    alive: bool,
+    images: u32,
+}
+
+impl Victim {
+    /// Starts victim `name` with more arguments and waits until it ticks.
+    pub fn start(name: &str, args: &[&str]) -> Outcome<Victim> {
+        Self::start_program(&victim(name)?, args)
+    }
+
+    /// Starts any program that takes a log and a directory.
+    pub fn start_program(program: &Path, args: &[&str]) -> Outcome<Victim> {
+        let mut victim = Self::prepare()?;
+        let mut command = Command::new(program);
+        command.arg(victim.log()).arg(victim.home()).args(args);
+        let said = fs::File::create(victim.dir.path().join("said")).map_err(|e| e.to_string())?;
+        command.stdin(Stdio::null()).stdout(said.try_clone().map_err(|e| e.to_string())?).stderr(said);
+        victim.spawn(&mut command)?;
+        victim.ticks(3)?;
+        Ok(victim)
+    }
+
+    /// A victim that does not run yet.
+    pub fn prepare() -> Outcome<Victim> {
+        let dir = tempfile::Builder::new().prefix("torpor-test-").tempdir().map_err(|e| e.to_string())?;
+        let victim = Victim { dir, pid: 0, child: None, alive: false, images: 0 };
+        fs::create_dir(victim.home()).map_err(|e| e.to_string())?;
+        // Victims may drop to another user.
+        use std::os::unix::fs::PermissionsExt;
+        for path in [victim.dir.path(), &victim.home()] {
+            fs::set_permissions(path, fs::Permissions::from_mode(0o777)).map_err(|e| e.to_string())?;
+        }
+        Ok(victim)
+    }
+
+    /// Starts the process: in a session of its own, with no descriptor but the three.
+    pub fn spawn(&mut self, command: &mut Command) -> Outcome {
+        // SAFETY: both are async-signal-safe.
+        unsafe {
+            command.pre_exec(|| {
+                libc::setsid();
+                libc::close_range(3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as i32);
+                Ok(())
+            });
+        }
+        let child = command.spawn().map_err(|e| format!("{}: {e}", command.get_program().display()))?;
+        self.pid = child.id() as i32;
+        self.child = Some(child);
+        self.alive = true;
+        Ok(())
+    }
+
+    /// The directory the victim works in.
+    pub fn home(&self) -> PathBuf {
+        self.dir.path().join("home")
+    }
+
+    /// Its log.
+    pub fn log(&self) -> PathBuf {
+        self.dir.path().join("log")
+    }
+
+    /// How often it has ticked; an error if it found something wrong.
+    pub fn count(&self) -> Outcome<usize> {
+        let text = fs::read(self.log()).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        if let Some(line) = text.lines().find(|l| l.starts_with("BAD")) {
+            return Err(format!("the victim says: {line}"));
+        }
+        Ok(text.lines().filter(|l| l.starts_with("tick")).count())
+    }
+
+    /// Waits for `more` ticks.
+    pub fn ticks(&self, more: usize) -> Outcome {
+        let wanted = self.count()? + more;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if self.count()? >= wanted {
+                return Ok(());
+            }
+            ensure!(
+                state(self.pid).is_some_and(|s| s != 'Z'),
+                "the victim is gone: {}{}",
+                self.last_words(),
+                fs::read_to_string(self.dir.path().join("said")).unwrap_or_default()
+            );
+            ensure!(Instant::now() < deadline, "the victim does not tick:\n{}", threads_of(self.pid));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn last_words(&self) -> String {
+        let mut status = 0;
+        // SAFETY: `status` is a valid place; with WNOWAIT nothing is reaped that drop would miss.
+        unsafe {
+            let mut info: libc::siginfo_t = std::mem::zeroed();
+            if libc::waitid(libc::P_PID, self.pid as u32, &raw mut info, libc::WEXITED | libc::WNOHANG | libc::WNOWAIT) == 0 {
+                status = info.si_status();
+                return format!("si_code {} status {status} ", info.si_code);
+            }
+        }
+        format!("status {status} ")
+    }
+
+    /// A new place for an image.
+    pub fn image(&mut self) -> PathBuf {
+        self.images += 1;
+        self.dir.path().join(format!("image-{}", self.images))
+    }
+
+    /// Dumps with options; the victim runs on or stays stopped.
+    pub fn dump_with(&mut self, options: &[&str]) -> Outcome<PathBuf> {
+        let image = self.image();
+        let mut args = vec!["dump"];
+        args.extend(options);
+        let pid = self.pid.to_string();
+        args.extend([pid.as_str(), image.to_str().ok_or("a path")?]);
+        run_torpor(&args)?.expect(0).map_err(|e| format!("dump: {e}"))?;
+        Ok(image)
+    }
+
+    /// Dumps it, after which it is gone.
+    pub fn dump(&mut self) -> Outcome<PathBuf> {
+        let image = self.dump_with(&[])?;
+        self.reap()?;
+        Ok(image)
+    }
+
+    /// Waits until the process is gone.
+    pub fn reap(&mut self) -> Outcome {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let gone = match &mut self.child {
+                Some(child) => child.try_wait().map_err(|e| e.to_string())?.is_some(),
+                // SAFETY: no status is asked for.
+                None => unsafe { libc::waitpid(self.pid, std::ptr::null_mut(), libc::WNOHANG) != 0 },
+            };
+            if gone {
+                self.child = None;
+                self.alive = false;
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "pid {} is still there after its dump:\n{}", self.pid, threads_of(self.pid));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Restores it in the background.
+    pub fn restore_with(&mut self, options: &[&str], image: &Path) -> Outcome {
+        let pidfile = self.dir.path().join("pidfile");
+        let _old = fs::remove_file(&pidfile);
+        let mut args = vec!["restore", "--detach", "--pidfile", pidfile.to_str().ok_or("a path")?];
+        args.extend(options);
+        args.push(image.to_str().ok_or("a path")?);
+        run_torpor(&args)?.expect(0).map_err(|e| format!("restore: {e}"))?;
+        let pid = fs::read_to_string(&pidfile).map_err(|e| format!("pidfile: {e}"))?;
+        ensure!(pid.trim() == self.pid.to_string(), "the pidfile says {pid:?} instead of {}", self.pid);
+        self.alive = true;
+        Ok(())
+    }
+
+    /// Restores it.
+    pub fn restore(&mut self, image: &Path) -> Outcome {
+        self.restore_with(&[], image)
+    }
+
+    /// Two rounds of dump, death and restore, with checks after each; the first image is restored twice.
+    pub fn cycles(&mut self, ticks: usize) -> Outcome {
+        for round in 1..=2 {
+            let at = |e: String| format!("round {round}: {e}");
+            let image = self.dump().map_err(at)?;
+            self.restore(&image).map_err(at)?;
+            self.ticks(ticks).map_err(at)?;
+        }
+        Ok(())
+    }
+
+    /// Ends it.
+    pub fn kill(&mut self) {
+        if !self.alive {
+            return;
+        }
+        // SAFETY: kill and waitpid take numbers; the process is an unreaped child of ours.
+        unsafe {
+            libc::kill(self.pid, libc::SIGKILL);
+            libc::waitpid(self.pid, std::ptr::null_mut(), 0);
+        }
+        self.child = None;
+        self.alive = false;
+    }
+}
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        self.kill();
+        if std::env::var_os("KEEP").is_some() {
+            self.dir.disable_cleanup(true);
+            eprintln!("kept: {}", self.dir.path().display());
+        }
+    }
+}
+
+/// The state letter of a process.
+pub fn state(pid: i32) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit(')').next()?.trim_start().chars().next()
+}
+
+/// State and system call of every thread, for messages.
+pub fn threads_of(pid: i32) -> String {
+    let mut out = String::new();
+    for tid in tids(pid) {
+        let read = |f: &str| fs::read_to_string(format!("/proc/{pid}/task/{tid}/{f}")).unwrap_or_default();
+        let status = read("status");
+        let fields: Vec<_> = status
+            .lines()
+            .filter(|l| ["Name", "State", "TracerPid", "SigPnd", "ShdPnd", "SigBlk"].iter().any(|k| l.starts_with(k)))
+            .collect();
+        let _ = writeln!(out, "  {tid}: {} | syscall {} | {}", fields.join(" "), read("syscall").trim(), read("wchan"));
+    }
+    out
+}
+
+/// The threads of a process.
+pub fn tids(pid: i32) -> Vec<i32> {
+    let mut all: Vec<i32> = fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.parse().ok())
+        .collect();
+    all.sort_unstable();
+    all
+}
+
+/// Lines of a file in /proc/PID whose key is one of `keys`; all without keys.
+fn lines(pid: i32, file: &str, keys: &[&str]) -> Vec<String> {
+    let bytes = fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    String::from_utf8_lossy(&bytes)
+        .lines()
+        .filter(|l| keys.is_empty() || keys.iter().any(|k| l.split(':').next() == Some(k)))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// What must be as before in a process that does nothing.
+pub fn picture(pid: i32) -> BTreeMap<String, Vec<String>> {
+    let mut all = light_picture(pid);
+    let areas: Vec<String> = lines(pid, "smaps", &[])
+        .into_iter()
+        .filter(|l| l.starts_with("VmFlags") || l.split(' ').next().is_some_and(|w| w.contains('-')))
+        .collect();
+    all.insert("smaps".into(), areas);
+    for fd in descriptors(pid).keys() {
+        // The time that is left runs.
+        let info = lines(pid, &format!("fdinfo/{fd}"), &[]);
+        let info = info.into_iter().filter(|l| !l.starts_with("it_value")).collect();
+        all.insert(format!("fdinfo/{fd}"), info);
+    }
+    all.insert("timers".into(), lines(pid, "timers", &[]));
+    for file in ["limits", "cgroup", "oom_score_adj", "coredump_filter", "personality"] {
+        all.insert(file.into(), lines(pid, file, &[]));
+    }
+    all.insert("cwd".into(), vec![format!("{:?}", fs::read_link(format!("/proc/{pid}/cwd")))]);
+    all
+}
+
+/// What must be as before in a process that works, but changes none of this.
+pub fn light_picture(pid: i32) -> BTreeMap<String, Vec<String>> {
+    let mut all = BTreeMap::new();
+    all.insert("maps".to_owned(), lines(pid, "maps", &[]));
+    all.insert("fds".to_owned(), descriptors(pid).into_iter().map(|(fd, link)| format!("{fd} {link}")).collect());
+    let keys = [
+        "Name", "Umask", "Tgid", "PPid", "TracerPid", "Uid", "Gid", "FDSize", "Groups", "VmLck", "VmPin", "VmData", "VmStk",
+        "VmExe", "VmLib", "CoreDumping", "Threads", "SigQ", "SigIgn", "SigCgt", "CapInh", "CapPrm", "CapEff", "CapBnd",
+        "CapAmb", "NoNewPrivs", "Seccomp", "Cpus_allowed",
+    ];
+    // Pending signals of a process that works come and go.
+    let keys: Vec<&str> = keys.into_iter().filter(|k| *k != "SigQ").collect();
+    all.insert("status".into(), lines(pid, "status", &keys));
+    for tid in tids(pid) {
+        all.insert(format!("task/{tid}"), lines(pid, &format!("task/{tid}/status"), &["Name", "TracerPid", "SigBlk", "Cpus_allowed"]));
+    }
+    all
+}
+
+/// Open descriptors and what they are.
+pub fn descriptors(pid: i32) -> BTreeMap<i32, String> {
+    fs::read_dir(format!("/proc/{pid}/fd"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|e| {
+            let link = fs::read_link(e.path()).map_or_else(|e| e.to_string(), |l| l.display().to_string());
+            Some((e.file_name().to_str()?.parse().ok()?, link))
+        })
+        .collect()
+}
+
+/// What differs between two pictures, in words.
+pub fn difference(before: &BTreeMap<String, Vec<String>>, after: &BTreeMap<String, Vec<String>>) -> Option<String> {
+    let mut out = String::new();
+    for key in before.keys().chain(after.keys().filter(|k| !before.contains_key(*k))) {
+        let empty = Vec::new();
+        let (a, b) = (before.get(key).unwrap_or(&empty), after.get(key).unwrap_or(&empty));
+        if a == b {
+            continue;
+        }
+        for line in a.iter().filter(|l| !b.contains(l)) {
+            let _ = writeln!(out, "  {key}: - {line}");
+        }
+        for line in b.iter().filter(|l| !a.contains(l)) {
+            let _ = writeln!(out, "  {key}: + {line}");
+        }
+        if out.is_empty() {
+            let _ = writeln!(out, "  {key}: other order");
+        }
+    }
+    (!out.is_empty()).then_some(out)
+}

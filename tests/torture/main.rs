@@ -1,0 +1,218 @@
+//! kill -9 of `torpor dump --leave-running` at random moments: the process must never notice.
+//!
+//! `TORTURE_ROUNDS` says how often (40 if unset), `TORTURE_SEED` which moments.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use libtest_mimic::{Arguments, Trial};
+use torpor_tests::{
+    Outcome, Victim, build, difference, ensure, is_root, light_picture, state, threads_of, torpor, torpor_command,
+    victim, workspace,
+};
+
+/// How long the process may take until it is as before.
+const RECOVERY: Duration = Duration::from_secs(1);
+
+fn main() {
+    torpor_tests::become_subreaper();
+    let mut arguments = Arguments::from_args();
+    // Each measures time.
+    arguments.test_threads = Some(1);
+    let mut trials = vec![Trial::test("killed dumps of a busy process", || Ok(torture(&victim("kitchen")?)?))];
+    let shared = workspace().join("../shared/acceptance/src/kitchen.c");
+    if shared.exists() {
+        trials.push(Trial::test("killed dumps of the acceptance kitchen", move || Ok(torture(&build(&shared)?)?)));
+    }
+    trials.push(Trial::test("killed dumps of spinning threads", || {
+        Ok(torture_with(&victim("registers")?, number("TORTURE_ROUNDS", 40) / 4 + 1)?)
+    }));
+    trials.push(Trial::test("killed dumps of restartable sequences and calls", || {
+        torture_with(&victim("rseq")?, number("TORTURE_ROUNDS", 40) / 4 + 1)?;
+        Ok(torture_with(&victim("syscalls")?, number("TORTURE_ROUNDS", 40) / 4 + 1)?)
+    }));
+    let trials = trials.into_iter().map(|t| t.with_ignored_flag(!is_root())).collect();
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+}
+
+fn torture(program: &Path) -> Outcome {
+    torture_with(program, number("TORTURE_ROUNDS", 40))
+}
+
+fn torture_with(program: &Path, rounds: u64) -> Outcome {
+    let seed = number("TORTURE_SEED", std::process::id().into());
+    let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let mut subject = Subject::start(program)?;
+    let mut duration = subject.duration()?;
+    let (mut harmed, mut killed, mut finished, mut worst) = (String::new(), 0, 0, Duration::ZERO);
+    let mut harms = 0;
+    for round in 0..rounds {
+        let moment = duration.mul_f64(1.3 * random.unit());
+        let died = subject.killed_dump(moment)?;
+        killed += u64::from(died);
+        finished += u64::from(!died);
+        match subject.unharmed() {
+            Ok(took) => worst = worst.max(took),
+            Err(e) => {
+                harms += 1;
+                let _ = writeln!(
+                    harmed,
+                    "round {round}, killed {died} at {moment:?} of {duration:?}: {e}\n{}",
+                    threads_of(subject.victim.pid)
+                );
+                subject = Subject::start(program)?;
+                duration = subject.duration()?;
+            }
+        }
+    }
+    let name = program.file_name().unwrap_or_default().display();
+    println!(
+        "{name}: {killed} dumps killed within 1.3 times {duration:?}, {finished} were through by then; \
+         {harms} harmed; slowest recovery {worst:?}; seed {seed}"
+    );
+    ensure!(harms == 0, "{harms} of {rounds} rounds harmed it (seed {seed}):\n{harmed}");
+    // The next dump clears away what the killed ones left, and its image works.
+    subject.clean()?;
+    let image = subject.victim.dump()?;
+    subject.victim.restore(&image)?;
+    subject.victim.ticks(3)
+}
+
+struct Subject {
+    victim: Victim,
+    image: PathBuf,
+    before: BTreeMap<String, Vec<String>>,
+}
+
+impl Subject {
+    fn start(program: &Path) -> Outcome<Self> {
+        let victim = Victim::start_program(program, &[])?;
+        std::thread::sleep(Duration::from_millis(100));
+        // What holds most of the time: a busy process may have something open for a moment.
+        let mut seen: Vec<(BTreeMap<_, _>, u32)> = Vec::new();
+        for _ in 0..15 {
+            let picture = light_picture(victim.pid);
+            match seen.iter_mut().find(|(p, _)| *p == picture) {
+                Some((_, n)) => *n += 1,
+                None => seen.push((picture, 1)),
+            }
+            std::thread::sleep(Duration::from_millis(3));
+        }
+        let before = seen.into_iter().max_by_key(|(_, n)| *n).ok_or("no picture")?.0;
+        let image = victim.dir.path().join("image");
+        Ok(Subject { victim, image, before })
+    }
+
+    /// How long an undisturbed dump takes.
+    fn duration(&mut self) -> Outcome<Duration> {
+        let mut all = Vec::new();
+        for _ in 0..5 {
+            let begin = Instant::now();
+            self.victim.dump_with(&["--leave-running"])?;
+            all.push(begin.elapsed());
+            self.unharmed().map_err(|e| format!("after a dump that nobody disturbed: {e}"))?;
+        }
+        all.sort();
+        Ok(all[2])
+    }
+
+    /// Starts a dump and kills it after `moment`; whether it had not ended by itself.
+    fn killed_dump(&mut self, moment: Duration) -> Outcome<bool> {
+        if self.image.join("manifest.tpr").exists() {
+            fs::remove_dir_all(&self.image).map_err(|e| e.to_string())?;
+        }
+        let pid = self.victim.pid.to_string();
+        let image = self.image.to_str().ok_or("a path")?;
+        let mut command = torpor_command(&["dump", "--leave-running", &pid, image]);
+        let begin = Instant::now();
+        let mut dump = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|e| e.to_string())?;
+        while begin.elapsed() < moment {
+            let left = moment.saturating_sub(begin.elapsed());
+            if left > Duration::from_micros(200) {
+                std::thread::sleep(left - Duration::from_micros(100));
+            }
+        }
+        let ended = dump.try_wait().map_err(|e| e.to_string())?;
+        dump.kill().map_err(|e| e.to_string())?;
+        let status = dump.wait().map_err(|e| e.to_string())?;
+        if let Some(status) = ended {
+            ensure!(status.success(), "a dump that was not disturbed ended with {status}");
+        }
+        use std::os::unix::process::ExitStatusExt;
+        Ok(status.signal() == Some(libc::SIGKILL))
+    }
+
+    /// Whether the process is as it was, and how long it took to be.
+    fn unharmed(&self) -> Outcome<Duration> {
+        let begin = Instant::now();
+        loop {
+            let now = light_picture(self.victim.pid);
+            let state = state(self.victim.pid);
+            let stopped = !matches!(state, Some('R' | 'S' | 'D'));
+            match difference(&self.before, &now) {
+                None if !stopped => break,
+                _ if begin.elapsed() < RECOVERY => std::thread::sleep(Duration::from_micros(300)),
+                difference => {
+                    let log = self.victim.count().err().unwrap_or_default();
+                    return Err(format!("state {state:?} {log}\n{}", difference.unwrap_or_default()));
+                }
+            }
+        }
+        let took = begin.elapsed();
+        self.victim.ticks(2)?;
+        Ok(took)
+    }
+
+    /// Nothing is left behind by those that were killed.
+    fn clean(&mut self) -> Outcome {
+        if self.image.join("manifest.tpr").exists() {
+            fs::remove_dir_all(&self.image).map_err(|e| e.to_string())?;
+        }
+        let (pid, image) = (self.victim.pid.to_string(), self.image.to_str().ok_or("a path")?);
+        torpor_tests::run_torpor(&["dump", "--leave-running", &pid, image])?.expect(0)?;
+        torpor_tests::run_torpor(&["verify", image])?.expect(0)?;
+        for entry in fs::read_dir(&self.image).map_err(|e| e.to_string())?.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            ensure!(!name.starts_with('.') && !name.contains("partial"), "left behind: {name}");
+        }
+        let around: Vec<_> = fs::read_dir(self.victim.dir.path())
+            .map_err(|e| e.to_string())?
+            .flatten()
+            .map(|e| e.file_name().to_string_lossy().into_owned())
+            .filter(|n| n.starts_with('.'))
+            .collect();
+        ensure!(around.is_empty(), "left beside the image: {around:?}");
+        // Orphans would be children of this process by now.
+        let mine = fs::read_to_string(format!("/proc/self/task/{}/children", std::process::id())).unwrap_or_default();
+        for pid in mine.split_whitespace().filter_map(|p| p.parse::<i32>().ok()) {
+            let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+            ensure!(exe != torpor(), "a torpor process is left: {pid}");
+        }
+        Ok(())
+    }
+}
+
+/// xorshift64
+struct Random(u64);
+
+impl Random {
+    fn unit(&mut self) -> f64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
