@@ -31,6 +31,8 @@ pub(crate) enum Content {
 #[derive(Debug)]
 pub(crate) struct Collector {
     pub(crate) pid: Pid,
+    /// The process runs: contents and sharing, which may change at any moment, are left out.
+    pub(crate) live: bool,
     pub(crate) pidfd: OwnedFd,
     pub(crate) objects: Objects,
     pub(crate) refusals: Vec<Refusal>,
@@ -43,13 +45,14 @@ pub(crate) struct Collector {
 }
 
 impl Collector {
-    pub(crate) fn new(pid: Pid) -> Result<Self> {
+    pub(crate) fn new(pid: Pid, live: bool) -> Result<Self> {
         let pidfd = fds::pidfd_open(pid).map_err(|e| match e {
             e if e.is_gone() => Error::NoProcess(pid),
             e => Error::kernel(pid, "opening it")(e),
         })?;
         Ok(Collector {
             pid,
+            live,
             pidfd,
             objects: Objects::default(),
             refusals: Vec::new(),

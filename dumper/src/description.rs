@@ -112,6 +112,9 @@ fn look(collector: &Collector, fd: i32) -> torpor_kernel::Result<Found> {
 /// For each descriptor the first one with the same description. Candidates have the same inode, flags and
 /// position; among them kcmp decides, which gives an order, so that each is found by bisection (kcmp(2)).
 fn same_description(collector: &Collector, all: &[Found]) -> Result<Vec<usize>> {
+    if collector.live {
+        return Ok((0..all.len()).collect());
+    }
     let mut buckets: HashMap<(u64, u64, u32, u64), Vec<usize>> = HashMap::new();
     let mut owner = Vec::with_capacity(all.len());
     for (i, found) in all.iter().enumerate() {
@@ -147,7 +150,8 @@ fn describe(collector: &mut Collector, all: &[Found], found: &Found) -> Result<O
     let Some(kind) = kind(collector, all, found)? else { return Ok(None) };
     let id = DescriptionId(collector.objects.descriptions.len() as u32);
     let flock = flock(collector, found);
-    let owner = if found.info.flags & libc::O_PATH as u32 == 0 { owner(collector, found)? } else { None };
+    let asks = !collector.live && found.info.flags & libc::O_PATH as u32 == 0;
+    let owner = if asks { owner(collector, found)? } else { None };
     collector.objects.descriptions.push(Description {
         id,
         flags: found.info.flags & !O_CLOEXEC,

@@ -175,7 +175,7 @@ fn capture<'s>(
     let pid = stopped.pid();
     let Destination { mut writer, mut files } = to;
 
-    let mut collector = Collector::new(pid)?;
+    let mut collector = Collector::new(pid, false)?;
     let maps = vma::read(&collector)?;
     let vmas = vma::collect(&mut collector, &maps)?;
     task::exe(&mut collector)?;

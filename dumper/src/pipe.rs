@@ -54,8 +54,8 @@ pub(crate) fn collect(collector: &mut Collector, all: &[Found], found: &Found) -
     let capacity = fcntl(&any, FcntlArg::F_GETPIPE_SZ)
         .map_err(|e| Error::kernel(collector.pid, found.title())(torpor_kernel::Error::syscall("fcntl(F_GETPIPE_SZ)", found.fd, e)))?;
     let data = match reader {
-        Some(reader) => contents(collector, reader, capacity)?,
-        None => Bytes::default(),
+        Some(reader) if !collector.live => contents(collector, reader, capacity)?,
+        _ => Bytes::default(),
     };
     let number = found.stat.st_ino;
     let pipe = collector.pipe(key, |id| Pipe { id, number, capacity: capacity as u32, data, fifo });

@@ -33,7 +33,7 @@ pub struct Survey {
 /// Looks at a process that runs.
 pub(crate) fn survey(pid: Pid) -> Result<(Survey, Vec<Mapping>)> {
     let status = preconditions(pid)?;
-    let mut collector = Collector::new(pid)?;
+    let mut collector = Collector::new(pid, true)?;
     refuse_process(&mut collector, &status)?;
     let maps = vma::read(&collector)?;
     let areas = vma::collect(&mut collector, &maps)?.len();

@@ -257,6 +257,16 @@ impl Victim {
         Ok(text.lines().filter(|l| l.starts_with("tick")).count())
     }
 
+    /// Calls that came back with EINTR without a handler, of those that must not: epoll_wait and sigtimedwait
+    /// do so after any stop (signal(7)).
+    pub fn interrupted(&self) -> Vec<String> {
+        let text = fs::read_to_string(self.log()).unwrap_or_default();
+        let mut all: Vec<String> = text.lines().filter_map(|l| l.strip_prefix("EINTR ")).map(str::to_owned).collect();
+        all.sort();
+        all.dedup();
+        all
+    }
+
     /// Waits for `more` ticks.
     pub fn ticks(&self, more: usize) -> Outcome {
         let wanted = self.count()? + more;

@@ -1,1 +1,27 @@
-fn main() {}
+//! Whole-system tests: `torpor` on real processes, each of which checks all that it owns.
+//!
+//! Every victim of `tests/victims/` has one kind of state. The victim alone knows what is right: the tests
+//! only start, dump, restore and ask.
+
+mod faults;
+mod golden;
+mod state;
+mod terminal;
+
+use libtest_mimic::Arguments;
+
+fn main() {
+    torpor_tests::become_subreaper();
+    let mut arguments = Arguments::from_args();
+    // Timers and timeouts want the machine not to be crowded.
+    arguments.test_threads.get_or_insert(2);
+    let mut trials = state::trials();
+    trials.extend(faults::trials());
+    trials.extend(terminal::trials());
+    if !torpor_tests::is_root() {
+        eprintln!("not root: tests that need it are ignored");
+        trials = trials.into_iter().map(|t| t.with_ignored_flag(true)).collect();
+    }
+    trials.extend(golden::trials());
+    libtest_mimic::run(&arguments, trials).exit();
+}

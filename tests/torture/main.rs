@@ -78,6 +78,9 @@ fn torture_with(program: &Path, rounds: u64) -> Outcome {
         "{name}: {killed} dumps killed within 1.3 times {duration:?}, {finished} were through by then; \
          {harms} harmed; slowest recovery {worst:?}; seed {seed}"
     );
+    let interrupted: Vec<_> =
+        subject.victim.interrupted().into_iter().filter(|c| c != "epoll_wait" && c != "sigtimedwait").collect();
+    ensure!(interrupted.is_empty(), "these calls failed with EINTR: {interrupted:?}");
     ensure!(harms == 0, "{harms} of {rounds} rounds harmed it (seed {seed}):\n{harmed}");
     // The next dump clears away what the killed ones left, and its image works.
     subject.clean()?;

@@ -1,0 +1,111 @@
+//! A terminal as stdio: a restored program talks to the terminal it is restored on.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Trial;
+use torpor_tests::{Outcome, Victim, ensure, torpor_command, victim};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![Trial::test("state: a terminal as stdio, restored on another", || Ok(terminal()?))]
+}
+
+/// A terminal and what comes out of it.
+struct Pty {
+    master: File,
+    slave: OwnedFd,
+    seen: String,
+}
+
+impl Pty {
+    fn open() -> Outcome<Self> {
+        let (mut master, mut slave) = (0, 0);
+        let null = std::ptr::null_mut();
+        // SAFETY: two places for numbers; the rest may be null.
+        let result = unsafe { libc::openpty(&raw mut master, &raw mut slave, null, null.cast(), null.cast()) };
+        ensure!(result == 0, "openpty: {}", std::io::Error::last_os_error());
+        // SAFETY: both are open and ours. The master must not block nor be inherited.
+        unsafe {
+            libc::fcntl(master, libc::F_SETFL, libc::O_NONBLOCK);
+            libc::fcntl(master, libc::F_SETFD, libc::FD_CLOEXEC);
+            libc::fcntl(slave, libc::F_SETFD, libc::FD_CLOEXEC);
+            Ok(Pty { master: File::from_raw_fd(master), slave: OwnedFd::from_raw_fd(slave), seen: String::new() })
+        }
+    }
+
+    /// Makes it the controlling terminal and stdio of a command.
+    fn give(&self, command: &mut Command) -> Outcome {
+        let stdio = || self.slave.try_clone().map(Stdio::from).map_err(|e| e.to_string());
+        command.stdin(stdio()?).stdout(stdio()?).stderr(stdio()?);
+        // SAFETY: both are async-signal-safe.
+        unsafe {
+            command.pre_exec(|| {
+                libc::setsid();
+                libc::ioctl(0, libc::TIOCSCTTY, 0);
+                Ok(())
+            });
+        }
+        Ok(())
+    }
+
+    /// Waits until `text` has come out.
+    fn until(&mut self, text: &str) -> Outcome {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut buffer = [0; 4096];
+        while !self.seen.contains(text) {
+            ensure!(Instant::now() < deadline, "no {text:?} on the terminal, only {:?}", self.seen);
+            match self.master.read(&mut buffer) {
+                Ok(n) if n > 0 => self.seen.push_str(&String::from_utf8_lossy(&buffer[..n])),
+                _ => std::thread::sleep(Duration::from_millis(5)),
+            }
+        }
+        Ok(())
+    }
+
+    fn type_(&self, text: &str) -> Outcome {
+        use std::io::Write;
+        (&self.master).write_all(text.as_bytes()).map_err(|e| e.to_string())
+    }
+}
+
+fn terminal() -> Outcome {
+    let mut first = Pty::open()?;
+    let mut subject = Victim::prepare()?;
+    let mut command = Command::new(victim("tty")?);
+    command.arg(subject.log()).arg(subject.home());
+    first.give(&mut command)?;
+    let mut child = command.spawn().map_err(|e| e.to_string())?;
+    subject.pid = child.id() as i32;
+    let result = subject.ticks(3).and_then(|()| first.until("count 3")).and_then(|()| subject.dump_with(&[]));
+    let _gone = child.kill();
+    let _reaped = child.wait();
+    let image = result?;
+    drop(first);
+
+    let mut second = Pty::open()?;
+    let mut command = torpor_command(&["restore", image.to_str().ok_or("a path")?]);
+    second.give(&mut command)?;
+    let mut torpor: Child = command.spawn().map_err(|e| e.to_string())?;
+    let result = (|| {
+        second.until("count ")?;
+        second.type_("q")?;
+        second.until("typed q")?;
+        subject.ticks(3)
+    })();
+    // SAFETY: kill takes numbers; torpor is an unreaped child of ours and passes the signal on.
+    unsafe { libc::kill(torpor.id() as i32, libc::SIGTERM) };
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while torpor.try_wait().map_err(|e| e.to_string())?.is_none() {
+        if Instant::now() > deadline {
+            let _gone = torpor.kill();
+            let _reaped = torpor.wait();
+            return result.and(Err("torpor does not end with its program".into()));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    result
+}
