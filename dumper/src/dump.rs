@@ -10,6 +10,7 @@ use torpor_image::task::Task;
 use torpor_image::write::{DataFile, ImageWriter};
 use torpor_kernel::ids::Pid;
 use torpor_kernel::memory::Memory;
+use torpor_kernel::status;
 
 use crate::collect::Collector;
 use crate::error::{Error, Result};
@@ -175,7 +176,11 @@ fn capture<'s>(
     let pid = stopped.pid();
     let Destination { mut writer, mut files } = to;
 
+    let taken_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
+
     let mut collector = Collector::new(pid, false)?;
+    let status = status::of_process(pid).map_err(Error::kernel(pid, "reading its status"))?;
+    survey::refuse_process(&mut collector, &status)?;
     let maps = vma::read(&collector)?;
     let vmas = vma::collect(&mut collector, &maps)?;
     task::exe(&mut collector)?;
@@ -209,7 +214,7 @@ fn capture<'s>(
         objects: collector.objects,
         losses: collector.losses,
         host: host(collected.vdso),
-        taken_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64),
+        taken_at,
         times: Times {
             freezing: stopped.freezing.as_nanos() as u64,
             frozen: stopped.since.elapsed().as_nanos() as u64,

@@ -21,6 +21,8 @@ use crate::priority::RealTime;
 
 /// How long a thread may take to stop.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How many times 100 microseconds a thread that does not stand gets to stop for its release.
+const STRAGGLER: u32 = 1000;
 
 /// A process whose threads all stand. Dropped, it goes on as before.
 ///
@@ -273,8 +275,17 @@ impl Frozen {
         }
         let _priority = RealTime::raise();
         for thread in &self.threads {
-            // One that has died meanwhile needs no detaching.
-            let _gone = ptrace::detach(thread.tid, 0);
+            // Only a stopped thread can be let go. One that is not, after a failure, is stopped for that; one
+            // that cannot be, in uninterruptible sleep, stays ours until this process ends.
+            let mut let_go = ptrace::detach(thread.tid, 0);
+            for _ in 0..STRAGGLER {
+                if let_go.is_ok() || ptrace::interrupt(thread.tid).is_err() {
+                    break;
+                }
+                std::thread::sleep(Duration::from_micros(100));
+                let _stop = ptrace::try_wait(thread.tid);
+                let_go = ptrace::detach(thread.tid, 0);
+            }
         }
         for (tid, signal) in self.resend.drain(..) {
             // SAFETY: tgkill touches no memory of ours.

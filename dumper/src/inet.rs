@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use nix::sys::socket::SockaddrStorage;
 use torpor_image::description::Kind;
 use torpor_image::inet::InetSocket;
+use torpor_image::socket::TCP_OPTIONS;
 
 use crate::collect::Collector;
 use crate::description::Found;
@@ -15,31 +16,6 @@ use crate::socket;
 /// net/tcp_states.h
 const LISTEN: u8 = 10;
 const CLOSE: u8 = 7;
-
-/// Options of TCP, IPv4 and IPv6 that setsockopt takes back as getsockopt gives them.
-const OPTIONS: &[(i32, i32)] = &[
-    (libc::IPPROTO_TCP, libc::TCP_NODELAY),
-    (libc::IPPROTO_TCP, libc::TCP_CORK),
-    (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE),
-    (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL),
-    (libc::IPPROTO_TCP, libc::TCP_KEEPCNT),
-    (libc::IPPROTO_TCP, libc::TCP_SYNCNT),
-    (libc::IPPROTO_TCP, libc::TCP_LINGER2),
-    (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT),
-    (libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP),
-    (libc::IPPROTO_TCP, libc::TCP_CONGESTION),
-    (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT),
-    (libc::IPPROTO_TCP, libc::TCP_FASTOPEN),
-    (libc::IPPROTO_IP, libc::IP_TOS),
-    (libc::IPPROTO_IP, libc::IP_TTL),
-    (libc::IPPROTO_IP, libc::IP_FREEBIND),
-    (libc::IPPROTO_IP, libc::IP_TRANSPARENT),
-    (libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT),
-    (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER),
-    (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY),
-    (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS),
-    (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
-];
 
 pub(crate) fn collect(
     collector: &mut Collector,
@@ -55,6 +31,12 @@ pub(crate) fn collect(
     {
         let why = format!("a TCP connection from {} to {} cannot be dumped yet", d.local, d.remote);
         collector.refuse(found.title(), why, "close the connection before the dump");
+        return Ok(None);
+    }
+    // Not listed: never connected, or a connection that was reset, or of another network namespace.
+    let own_state = socket::option(fd, libc::IPPROTO_TCP, libc::TCP_INFO).and_then(|i| i.first().copied());
+    if diag.is_none() && own_state != Some(CLOSE) {
+        collector.refuse(found.title(), "a TCP connection cannot be dumped yet", "close it before the dump");
         return Ok(None);
     }
     let listening = diag.as_ref().filter(|d| d.state == LISTEN);
@@ -75,7 +57,7 @@ pub(crate) fn collect(
         family,
         local: local.filter(|a| a.port() != 0 || !a.ip().is_unspecified()),
         listening: listening.map(|d| d.wqueue),
-        options: socket::options(fd, family, libc::SOCK_STREAM, libc::IPPROTO_TCP, OPTIONS),
+        options: socket::options(fd, family, libc::SOCK_STREAM, libc::IPPROTO_TCP, TCP_OPTIONS),
     })))
 }
 

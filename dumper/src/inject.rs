@@ -48,6 +48,9 @@ pub(crate) struct Before {
     /// The thread id in the process's own pid namespace.
     pub(crate) own_tid: i32,
     pub(crate) registers: arch::Registers,
+    /// The same for a way back that is not ptrace's: with the number of an interrupted call that the kernel
+    /// itself does not need.
+    pub(crate) elsewhere: arch::Registers,
     pub(crate) xstate: Vec<u8>,
     pub(crate) mask: u64,
 }
@@ -105,6 +108,10 @@ struct Infected<'a> {
     /// Address of the frame that makes the leader call munmap, and of the one behind it.
     unmap_frame: u64,
     home_frame: u64,
+    /// Bytes at the end of the stack to be zero again.
+    was_zero: Option<(u64, u64)>,
+    /// Whether our pages are mapped.
+    mapped: bool,
     /// How many of the other threads have been sent into the blob.
     entered: Vec<usize>,
 }
@@ -154,7 +161,7 @@ impl<'a> Infected<'a> {
         let frame_size = (arch::SignalFrame::size(leader.xstate.len()) as u64).next_multiple_of(64);
         let room = room_on_stack(entry.maps, &leader.registers, 2 * frame_size, memory)
             .ok_or_else(|| injection("its stack has no room for two signal frames"))?;
-        let (unmap_frame, home_frame) = (room, room + frame_size);
+        let (unmap_frame, home_frame) = (room.at, room.at + frame_size);
 
         let mut infected = Infected {
             frozen,
@@ -170,11 +177,12 @@ impl<'a> Infected<'a> {
             seats,
             unmap_frame,
             home_frame,
+            was_zero: room.was_zero,
+            mapped: false,
             entered: Vec::new(),
         };
         infected.write_frames()?;
-        infected.map()?;
-        if let Err(e) = infected.fill(scripts) {
+        if let Err(e) = infected.map().and_then(|()| infected.fill(scripts)) {
             // Nobody runs in it yet: leaving is a plain unmapping.
             infected.leave()?;
             return Err(e);
@@ -201,7 +209,7 @@ impl<'a> Infected<'a> {
         let pretcode = self.gadgets.sigreturn;
         let (first, second) = bytes.split_at_mut(size);
         arch::SignalFrame::write(first, self.unmap_frame, pretcode, &unmap, u64::MAX, &leader.xstate);
-        let home = leader.registers.restarted();
+        let home = leader.elsewhere.restarted();
         arch::SignalFrame::write(second, self.home_frame, pretcode, &home, leader.mask, &leader.xstate);
         self.memory
             .write_all_at(RemoteAddr(self.unmap_frame), &bytes)
@@ -212,30 +220,23 @@ impl<'a> Infected<'a> {
     fn map(&mut self) -> Result<()> {
         let protection = (libc::PROT_READ | libc::PROT_EXEC) as u64;
         let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
-        let mapped = self
-            .call(libc::SYS_mmap, [self.base, self.length, protection, flags, u64::MAX, 0], self.unmap_frame)
-            .and_then(|address| {
-                if address as u64 != self.base {
-                    return Err(Error::Injection {
-                        pid: self.frozen.pid(),
-                        what: format!("mmap of {} KiB: {}", self.length / 1024, errno_text(address)),
-                    });
-                }
-                let protection = (libc::PROT_READ | libc::PROT_WRITE) as u64;
-                let args = [self.arena, self.arena_length, protection, 0, 0, 0];
-                match self.call(libc::SYS_mprotect, args, self.unmap_frame)? {
-                    0 => Ok(()),
-                    e => Err(Error::Injection {
-                        pid: self.frozen.pid(),
-                        what: format!("mprotect: {}", errno_text(e)),
-                    }),
-                }
-            });
-        if let Err(e) = mapped {
-            self.leave()?;
-            return Err(e);
+        let (pid, kib) = (self.frozen.pid(), self.length / 1024);
+        let failed = |call: &str, result| Error::Injection {
+            pid,
+            what: format!("{call} of {kib} KiB: {}", errno_text(result)),
+        };
+        let args = [self.base, self.length, protection, flags, u64::MAX, 0];
+        let address = self.call(libc::SYS_mmap, args, self.unmap_frame)?;
+        if address as u64 != self.base {
+            return Err(failed("mmap", address));
         }
-        Ok(())
+        self.mapped = true;
+        let protection = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+        let args = [self.arena, self.arena_length, protection, 0, 0, 0];
+        match self.call(libc::SYS_mprotect, args, self.unmap_frame)? {
+            0 => Ok(()),
+            e => Err(failed("mprotect", e)),
+        }
     }
 
     /// Makes the leader do one system call; untraced, it would go on into the frame at `then`.
@@ -255,7 +256,7 @@ impl<'a> Infected<'a> {
                 Stop::Syscall => stops += 1,
                 // A job-control stop asked for meanwhile; the kernel repeats it when we let go.
                 Stop::Event { .. } => {}
-                Stop::Signal(signal) => self.frozen.resend.push((leader.tid, signal)),
+                Stop::Signal(signal) => self.put_aside(leader.tid, signal)?,
                 _ => {}
             }
         }
@@ -272,7 +273,7 @@ impl<'a> Infected<'a> {
             let (ops, count) = seat.script.map_or((0, 0), |(placed, count)| (placed.ops, count));
             let heal = Heal {
                 kind: if i == 0 { heal::LAST } else { heal::EARLY },
-                reserved: 0,
+                company: u32::from(self.threads.len() > 1),
                 frame: if i == 0 { self.home_frame } else { self.arena + seat.frame },
                 gadget: self.gadgets.syscall,
                 start: self.base,
@@ -300,7 +301,7 @@ impl<'a> Infected<'a> {
                     &mut arena[seat.frame as usize..][..size],
                     self.arena + seat.frame,
                     self.gadgets.sigreturn,
-                    &thread.registers.restarted(),
+                    &thread.elsewhere.restarted(),
                     thread.mask,
                     &thread.xstate,
                 );
@@ -375,6 +376,21 @@ impl<'a> Infected<'a> {
         Ok(outcomes)
     }
 
+    /// Takes a signal off a thread that runs for us, to be sent again when it is let go. A fault is our own
+    /// doing, and would come again and again.
+    fn put_aside(&mut self, tid: Tid, signal: i32) -> Result<()> {
+        let info = ptrace::signal_info(tid).map_err(self.kernel("reading a signal"))?;
+        let code = i32::from_ne_bytes(info[8..12].try_into().expect("four bytes"));
+        if is_fault(signal) && code > 0 {
+            return Err(Error::Injection {
+                pid: self.frozen.pid(),
+                what: format!("signal {signal} (code {code}) in thread {tid} while it ran the executor"),
+            });
+        }
+        self.frozen.resend.push((tid, signal));
+        Ok(())
+    }
+
     /// Waits until thread `i` says that its script is done.
     fn wait_for_trap(&mut self, i: usize) -> Result<()> {
         let tid = self.threads[i].tid;
@@ -389,7 +405,7 @@ impl<'a> Infected<'a> {
                     if signal == self.trap && code == SI_TKILL && own {
                         return Ok(());
                     }
-                    self.frozen.resend.push((tid, signal));
+                    self.put_aside(tid, signal)?;
                 }
                 Stop::Exited(_) | Stop::Killed(_) => return Err(self.frozen.died("it ended")),
                 Stop::Event { .. } | Stop::Syscall => {}
@@ -421,8 +437,11 @@ impl<'a> Infected<'a> {
             let _gone = ptrace::interrupt(leader.tid);
             self.frozen.wait(leader.tid)?;
         }
-        let result =
-            self.call(libc::SYS_munmap, [self.base, self.length, 0, 0, 0, 0], self.home_frame)?;
+        let mut result = 0;
+        if self.mapped {
+            let args = [self.base, self.length, 0, 0, 0, 0];
+            result = self.call(libc::SYS_munmap, args, self.home_frame)?;
+        }
         // The kernel acts on an interrupted call's -ERESTART* only on its way out of a signal stop; the
         // stop at the end of a system call is not one.
         ptrace::interrupt(leader.tid).map_err(self.kernel("stopping it"))?;
@@ -430,11 +449,16 @@ impl<'a> Infected<'a> {
             ptrace::cont(leader.tid, 0).map_err(self.kernel("stopping it"))?;
             match self.frozen.wait(leader.tid)? {
                 Stop::Event { .. } => break,
-                Stop::Signal(signal) => self.frozen.resend.push((leader.tid, signal)),
+                Stop::Signal(signal) => self.put_aside(leader.tid, signal)?,
                 _ => {}
             }
         }
         self.put_back(leader)?;
+        if let Some((start, length)) = self.was_zero {
+            self.memory
+                .write_all_at(RemoteAddr(start), &vec![0u8; length as usize])
+                .map_err(self.kernel("clearing the end of its stack"))?;
+        }
         if result != 0 {
             return Err(Error::Injection {
                 pid: self.frozen.pid(),
@@ -483,21 +507,35 @@ fn hole(maps: &[Mapping], length: u64) -> Option<u64> {
     })
 }
 
-/// Memory of the target that nobody uses: below the leader's stack pointer where that lies on the process
-/// stack; else at the untouched low end of that stack.
-fn room_on_stack(maps: &[Mapping], regs: &arch::Registers, size: u64, memory: &Memory) -> Option<u64> {
+/// Memory of the target that nobody uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Room {
+    at: u64,
+    /// Bytes to be zero again afterwards.
+    was_zero: Option<(u64, u64)>,
+}
+
+/// Finds room for `size` bytes: below the leader's stack pointer where that lies on the process stack, which
+/// the kernel grows as for a signal frame of its own. Else (the leader runs on an alternate stack, or on one
+/// of its language's making) the low end of that stack, as long as nothing but zeros is there.
+fn room_on_stack(maps: &[Mapping], regs: &arch::Registers, size: u64, memory: &Memory) -> Option<Room> {
     let stack = maps.iter().find(|m| m.path == b"[stack]" && m.write)?;
     let top = regs.frame_top();
     if top > stack.start && top <= stack.end {
-        let at = (top.checked_sub(size)?) & !63;
-        // The red zone and the calls of a restarted handler leave at least as much again.
-        if at >= stack.start {
-            return Some(at);
-        }
+        return top.checked_sub(size).map(|at| Room { at: at & !63, was_zero: None });
     }
     let mut low = vec![0u8; size as usize];
     memory.read_exact_at(RemoteAddr(stack.start), &mut low).ok()?;
-    low.iter().all(|b| *b == 0).then_some(stack.start)
+    let zero = low.iter().all(|b| *b == 0);
+    zero.then_some(Room { at: stack.start, was_zero: Some((stack.start, size)) })
+}
+
+/// Signals that the kernel raises for what the code itself did.
+fn is_fault(signal: i32) -> bool {
+    matches!(
+        signal,
+        libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE | libc::SIGTRAP | libc::SIGSYS
+    )
 }
 
 #[cfg(test)]

@@ -27,8 +27,13 @@ impl RealTime {
 impl Drop for RealTime {
     fn drop(&mut self) {
         if let Some((policy, param)) = self.before {
-            // SAFETY: `param` is a sched_param of ours. Lowering one's own priority is always allowed.
-            unsafe { libc::sched_setscheduler(0, policy, &raw const param) };
+            // SAFETY: `param` is a sched_param of ours. Lowering one's own priority is always allowed, but
+            // clearing the flag is not.
+            unsafe {
+                if libc::sched_setscheduler(0, policy, &raw const param) != 0 {
+                    libc::sched_setscheduler(0, policy | libc::SCHED_RESET_ON_FORK, &raw const param);
+                }
+            }
         }
     }
 }

@@ -2,35 +2,7 @@
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use torpor_image::socket::SocketOption;
-
-/// linux/socket.h names that libc lacks.
-const SO_BUF_LOCK: i32 = 72;
-
-/// Options of every socket that setsockopt takes back as getsockopt gives them.
-const GENERIC: &[i32] = &[
-    libc::SO_SNDBUF,
-    libc::SO_RCVBUF,
-    SO_BUF_LOCK,
-    libc::SO_REUSEADDR,
-    libc::SO_REUSEPORT,
-    libc::SO_KEEPALIVE,
-    libc::SO_BROADCAST,
-    libc::SO_OOBINLINE,
-    libc::SO_PRIORITY,
-    libc::SO_LINGER,
-    libc::SO_PASSCRED,
-    libc::SO_RCVLOWAT,
-    libc::SO_RCVTIMEO,
-    libc::SO_SNDTIMEO,
-    libc::SO_MARK,
-    libc::SO_TIMESTAMP,
-    libc::SO_TIMESTAMPNS,
-    libc::SO_BUSY_POLL,
-    libc::SO_BINDTODEVICE,
-    libc::SO_NO_CHECK,
-    libc::SO_PASSSEC,
-];
+use torpor_image::socket::{SOCKET_OPTIONS, SocketOption};
 
 /// An int option.
 pub(crate) fn int_option(fd: &OwnedFd, level: i32, name: i32) -> Option<i32> {
@@ -62,7 +34,7 @@ pub(crate) fn options(
     let fresh = unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol) };
     // SAFETY: a descriptor just opened, owned by nobody else.
     let fresh = (fresh >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fresh) });
-    let generic = GENERIC.iter().map(|name| (libc::SOL_SOCKET, *name));
+    let generic = SOCKET_OPTIONS.iter().map(|name| (libc::SOL_SOCKET, *name));
     generic
         .chain(more.iter().copied())
         .filter_map(|(level, name)| {

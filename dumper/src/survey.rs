@@ -1,11 +1,12 @@
 //! What a dump of a running process would take, lose or refuse, without stopping it.
 
+use torpor_image::Bytes;
 use torpor_kernel::fds::{self, KcmpType};
-use torpor_kernel::ids::{Pid, Tid};
+use torpor_kernel::ids::Pid;
 use torpor_kernel::maps::Mapping;
-use torpor_kernel::{process, ptrace, status};
+use torpor_kernel::{process, status};
 
-use crate::collect::Collector;
+use crate::collect::{Collector, stat_path};
 use crate::error::{Error, Refusal, Result};
 use crate::{description, freeze, task, vma};
 
@@ -96,7 +97,7 @@ fn preconditions(pid: Pid) -> Result<status::Status> {
 }
 
 /// Refusals about the process as a whole.
-fn refuse_process(collector: &mut Collector, status: &status::Status) -> Result<()> {
+pub(crate) fn refuse_process(collector: &mut Collector, status: &status::Status) -> Result<()> {
     let pid = collector.pid;
     let theirs = match process::namespaces(pid) {
         Ok(all) => all,
@@ -144,11 +145,25 @@ fn refuse_process(collector: &mut Collector, status: &status::Status) -> Result<
             );
         }
     }
-    // Read-only for anyone who may trace; asked of the leader, for the others it is found at the freeze.
-    if let Ok(Some(dispatch)) = ptrace::syscall_user_dispatch(Tid(pid.0))
-        && dispatch.on
-    {
-        collector.refuse("syscall user dispatch", "it cannot be dumped yet", "turn it off before the dump");
+    directories(collector)?;
+    Ok(())
+}
+
+/// Working and root directory must be found again by their names.
+fn directories(collector: &mut Collector) -> Result<()> {
+    let pid = collector.pid;
+    for (what, link) in [("working directory", "cwd"), ("root directory", "root")] {
+        let path = if link == "cwd" { process::cwd(pid) } else { process::root(pid) };
+        let path = Bytes(path.map_err(Error::kernel(pid, format!("reading its {what}")))?);
+        let own = nix::sys::stat::stat(format!("/proc/{pid}/{link}").as_str())
+            .map_err(|e| Error::kernel(pid, format!("reading its {what}"))(torpor_kernel::Error::syscall("stat", link, e)))?;
+        if !stat_path(&path).is_some_and(|now| (now.st_dev, now.st_ino) == (own.st_dev, own.st_ino)) {
+            collector.refuse(
+                format!("its {what} `{path}`"),
+                "it was removed, or its path leads elsewhere by now",
+                "let the program change to another directory",
+            );
+        }
     }
     Ok(())
 }

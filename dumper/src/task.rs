@@ -33,13 +33,24 @@ struct Asked {
     subreaper: torpor_parasite::script::Data,
     thp_disabled: OpId,
     membarrier: OpId,
+    limits: Vec<torpor_parasite::script::Data>,
 }
 
 fn ask(script: &mut Script) -> Asked {
     let n = Value::Number;
     let subreaper = script.reserve(8);
     script.call("the subreaper attribute", libc::SYS_prctl, &[n(PR_GET_CHILD_SUBREAPER), subreaper.into()]);
+    // Asked inside: prlimit64 of another user's process wants CAP_SYS_RESOURCE, which even root may lack.
+    let limits = (0..process::LIMITS)
+        .map(|resource| {
+            let limit = script.reserve(16);
+            let args = [n(0), n(resource as u64), n(0), limit.into()];
+            script.call(format!("limit {resource}"), libc::SYS_prlimit64, &args);
+            limit
+        })
+        .collect();
     Asked {
+        limits,
         brk: script.call("the program break", libc::SYS_brk, &[n(0)]),
         dumpable: script.call("the dumpable attribute", libc::SYS_prctl, &[n(PR_GET_DUMPABLE)]),
         subreaper,
@@ -72,15 +83,18 @@ pub(crate) fn collect(
     let tids: Vec<_> = frozen.threads().iter().map(|t| t.tid).collect();
     let stopped: Vec<thread::Stopped> =
         tids.iter().map(|&tid| thread::read(frozen, tid, &memory)).collect::<Result<_>>()?;
-    if let Some(foreign) = stopped.iter().find(|s| !s.before.registers.native()) {
-        return Err(Error::NotDumpable {
-            pid,
-            why: format!("thread {} runs code of another word size", foreign.before.tid),
-        });
+    for thread in &stopped {
+        thread::refuse(collector, thread);
+        if thread.lost_call {
+            let tid = thread.before.tid;
+            collector.losses.push(format!("thread {tid}: which call a signal interrupts; it fails with EINTR"));
+        }
     }
-    let shared_pending =
-        thread::infos(ptrace::pending(pid.leader(), true).map_err(Error::kernel(pid, "reading pending signals"))?);
     let posix = timers::timers(pid).map_err(Error::kernel(pid, "reading its timers"))?;
+    timer::refuse(collector, &posix, stopped.len());
+    if !collector.refusals.is_empty() {
+        return Err(Error::Refused { pid, refusals: std::mem::take(&mut collector.refusals) });
+    }
 
     let mut leader = Script::new();
     let asked = ask(&mut leader);
@@ -101,6 +115,10 @@ pub(crate) fn collect(
     let outcomes = inject::run(frozen, &memory, &before, &entry, &scripts)?;
 
     let first = &outcomes[0];
+    // Read after the timers: a signal that a timer sends in between is kept twice rather than lost.
+    let shared_pending = thread::infos(
+        ptrace::pending(pid.leader(), true).map_err(Error::kernel(pid, "reading pending signals"))?,
+    );
     let fail = |what: &str| Error::kernel(pid, format!("reading {what}"));
     let stat = stat::of_process(pid).map_err(fail("its stat"))?;
     let status = stopped[0].status.clone();
@@ -151,7 +169,7 @@ pub(crate) fn collect(
         locks: table.locks,
         signals,
         timers,
-        limits: process::limits(pid).map_err(fail("its limits"))?.to_vec(),
+        limits: asked.limits.iter().map(|&l| (first.u64(l), first.u64(l.at(8)))).collect(),
         cwd: process::cwd(pid).map_err(fail("its working directory"))?.into(),
         root: process::root(pid).map_err(fail("its root directory"))?.into(),
         umask: status.umask,

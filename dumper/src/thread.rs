@@ -9,6 +9,7 @@ use torpor_kernel::{process, ptrace, status};
 use torpor_parasite::call;
 use torpor_parasite::script::{Data, Outcome, Script, Value};
 
+use crate::collect::Collector;
 use crate::error::{Error, Result};
 use crate::freeze::Frozen;
 use crate::inject::Before;
@@ -25,8 +26,9 @@ const PR_GET_TID_ADDRESS: u64 = 40;
 pub(crate) struct Stopped {
     pub(crate) before: Before,
     pub(crate) status: status::Status,
-    pub(crate) pending: Vec<Bytes>,
     pub(crate) rseq: Option<Rseq>,
+    /// Whether it is in a system call that can only be told to have been interrupted.
+    pub(crate) lost_call: bool,
 }
 
 /// Reads a stopped thread.
@@ -38,30 +40,66 @@ pub(crate) fn read(frozen: &Frozen, tid: Tid, memory: &Memory) -> Result<Stopped
     let pid = frozen.pid();
     let fail = |what: &str| Error::kernel(pid, format!("reading {what} of thread {tid}"));
     let mut registers = ptrace::registers(tid).map_err(fail("the registers"))?;
+    let mask = ptrace::signal_mask(tid).map_err(fail("the signal mask"))?;
+    let status = status::of_task(pid, tid).map_err(fail("the status"))?;
     let rseq = ptrace::rseq_configuration(tid).map_err(fail("the rseq area"))?;
     if let Some(rseq) = &rseq
         && let Some(abort) = interrupted_section(memory, rseq.address, registers.ip())
     {
         registers.set_ip(abort);
     }
-    let status = status::of_task(pid, tid).map_err(fail("the status"))?;
+    // A call that our stop alone has made fail is made again; one that a signal to be handled has
+    // interrupted fails rightly.
+    let due = (status.sig_pending | status.shared_pending) & !mask & !status.ignored;
+    if due == 0
+        && let Some(retried) = registers.retried()
+    {
+        registers = retried;
+    }
+    let mut site = [0u8; arch::Registers::CALL_SITE];
+    let before = registers.ip().wrapping_sub(site.len() as u64);
+    let elsewhere = match memory.read_exact_at(RemoteAddr(before), &mut site) {
+        Ok(()) => registers.resolved(&site),
+        Err(_unreadable) => registers.resolved(&[0; arch::Registers::CALL_SITE]),
+    };
     let own_tid = status.ns_pid.last().copied().unwrap_or(tid.0);
     Ok(Stopped {
         before: Before {
             tid,
             own_tid,
             registers,
+            elsewhere: elsewhere.unwrap_or(registers),
             xstate: ptrace::xstate(tid).map_err(fail("the vector state"))?,
-            mask: ptrace::signal_mask(tid).map_err(fail("the signal mask"))?,
+            mask,
         },
+        lost_call: elsewhere.is_none(),
         status,
-        pending: infos(ptrace::pending(tid, false).map_err(fail("pending signals"))?),
         rseq: rseq.map(|r| Rseq { address: r.address, size: r.size, signature: r.signature }),
     })
 }
 
 pub(crate) fn infos(pending: Vec<ptrace::SignalInfo>) -> Vec<Bytes> {
     pending.into_iter().map(|info| Bytes(info.to_vec())).collect()
+}
+
+/// Refuses threads in which the executor could not run, or not without harm, before any is entered.
+pub(crate) fn refuse(collector: &mut Collector, stopped: &Stopped) {
+    let tid = stopped.before.tid;
+    let mut refuse = |what: &str, why: &str, remedy: &str| {
+        collector.refuse(format!("{what} of thread {tid}"), why, remedy);
+    };
+    if stopped.status.seccomp != 0 {
+        refuse("seccomp", "its filters cannot be dumped yet", "start the program without them");
+    }
+    if ptrace::syscall_user_dispatch(tid).ok().flatten().is_some_and(|d| d.on) {
+        refuse("syscall user dispatch", "it cannot be dumped yet", "turn it off before the dump");
+    }
+    if stopped.status.x86_thread_features.split(|b| *b == b' ').any(|f| f == b"shstk") {
+        refuse("the shadow stack", "it cannot be dumped yet", "start the program without it");
+    }
+    if !stopped.before.registers.native() {
+        refuse("the code", "it is of another word size than torpor's", "use a program of this word size");
+    }
 }
 
 /// The abort handler of the rseq critical section that `ip` is in.
@@ -110,11 +148,11 @@ pub(crate) fn assemble(pid: Pid, stopped: Stopped, asked: Asked, outcome: &Outco
     Ok(Thread {
         tid: ImagePid(tid.0),
         name: process::comm(pid, tid).map_err(fail("the name"))?.into(),
-        registers: stopped.before.registers,
+        registers: stopped.before.elsewhere,
         xstate: stopped.before.xstate.into(),
         signals: ThreadSignals {
             mask: stopped.before.mask,
-            pending: stopped.pending,
+            pending: infos(ptrace::pending(tid, false).map_err(fail("pending signals"))?),
             altstack: AltStack {
                 base: u64::from_ne_bytes(altstack[..8].try_into().expect("eight bytes")),
                 flags: i32::from_ne_bytes(altstack[8..12].try_into().expect("four bytes")),

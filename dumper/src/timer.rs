@@ -5,11 +5,27 @@ use torpor_kernel::timers::{self, Notify, Target};
 use torpor_parasite::call;
 use torpor_parasite::script::{Data, OpId, Outcome, Script};
 
+use crate::collect::Collector;
+
 /// `SIGEV_*` (asm-generic/siginfo.h)
 const SIGEV_SIGNAL: i32 = 0;
 const SIGEV_NONE: i32 = 1;
 const SIGEV_THREAD: i32 = 2;
 const SIGEV_THREAD_ID: i32 = 4;
+
+/// The clock of the calling thread: which thread made a timer on it is told nowhere.
+const CLOCK_THREAD_CPUTIME_ID: i32 = 3;
+
+/// Refuses timers that could not be made again.
+pub(crate) fn refuse(collector: &mut Collector, posix: &[timers::PosixTimer], threads: usize) {
+    for timer in posix.iter().filter(|t| t.clockid == CLOCK_THREAD_CPUTIME_ID && threads > 1) {
+        collector.refuse(
+            format!("POSIX timer {}", timer.id),
+            "it runs on the clock of one thread, and the kernel does not tell of which",
+            "delete it before the dump",
+        );
+    }
+}
 
 #[derive(Debug)]
 pub(crate) struct Asked {

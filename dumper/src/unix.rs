@@ -31,6 +31,11 @@ pub(crate) fn collect(collector: &mut Collector, found: &Found, fd: &OwnedFd) ->
     }
     let Some(state) = state(collector, found, &diag)? else { return Ok(None) };
     let Some(queue) = queue(collector, found, fd, &diag)? else { return Ok(None) };
+    if state == State::Idle && (!queue.is_empty() || diag.rqueue > 0) {
+        let why = "messages of other sockets wait in it, whose senders could not be told afterwards";
+        collector.refuse(found.title(), why, "try again once the program has received them");
+        return Ok(None);
+    }
     let file = match &diag.name {
         Some(name) if name.first() != Some(&0) => {
             let Some(file) = bound_file(fd) else {
@@ -110,7 +115,8 @@ fn queue(
     fd: &OwnedFd,
     diag: &sock_diag::UnixSocket,
 ) -> Result<Option<Vec<Bytes>>> {
-    if diag.state == LISTEN {
+    // Peeking moves a mark that a running program may use itself.
+    if diag.state == LISTEN || diag.rqueue == 0 || collector.live {
         return Ok(Some(Vec::new()));
     }
     let before = socket::int_option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap_or(-1);

@@ -10,6 +10,7 @@ use crate::extent::{Extents, PAGE, Record, Where};
 use crate::inode::Source;
 use crate::manifest::Manifest;
 use crate::read::Image;
+use crate::socket::SocketOption;
 use crate::task::Task;
 use crate::vma::Mapping;
 use crate::{DescriptionId, Error, InodeId, PipeId, Result};
@@ -18,6 +19,11 @@ use crate::{DescriptionId, Error, InodeId, PipeId, Result};
 const MAX_PID: i32 = 4 << 20;
 /// More descriptors than any limit allows (fs/file.c, `sysctl_nr_open_max`).
 const MAX_FD: i32 = i32::MAX - 64;
+
+/// Bytes of the kernel's `struct termios` (asm-generic/termbits.h).
+const TERMIOS: usize = 36;
+/// More POSIX timers than any process has: each takes a pending signal of its limit.
+const MAX_TIMER: i32 = 1 << 20;
 
 /// The number in `pages-N.dat`.
 pub fn data_file_number(name: &str) -> Option<u32> {
@@ -103,6 +109,18 @@ fn objects(image: &Image) -> Result<()> {
                     self::description(image, "objects.tpr", target.description)?;
                 }
             }
+            Kind::Unix(unix) if !unix.options.iter().all(SocketOption::is_known) => {
+                return bad(format!("description {i} has an impossible socket option"));
+            }
+            Kind::Inet(inet) if !inet.options.iter().all(SocketOption::is_known) => {
+                return bad(format!("description {i} has an impossible socket option"));
+            }
+            Kind::Terminal(terminal) if !matches!(terminal.termios.len(), 0 | TERMIOS) => {
+                return bad(format!("description {i} has impossible terminal settings"));
+            }
+            Kind::Inotify(inotify) if inotify.watches.iter().any(|w| !(1..MAX_FD).contains(&w.descriptor)) => {
+                return bad(format!("description {i} has an impossible watch"));
+            }
             _ => {}
         }
     }
@@ -130,6 +148,12 @@ fn task(image: &Image, task: &Task) -> Result<()> {
     let pending = task.signals.pending.iter().chain(task.threads.iter().flat_map(|t| &t.signals.pending));
     if pending.into_iter().any(|info| info.len() != 128) {
         return bad("a pending signal is cut off".to_owned());
+    }
+    if task.timers.posix.iter().any(|t| !(0..MAX_TIMER).contains(&t.id)) {
+        return bad("a POSIX timer has an impossible id".to_owned());
+    }
+    if task.locks.iter().any(|l| l.end.is_some_and(|end| end < l.start || end == u64::MAX)) {
+        return bad("a lock ends before it begins".to_owned());
     }
     let mut last = -1;
     for descriptor in &task.descriptors {

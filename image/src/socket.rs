@@ -14,3 +14,65 @@ pub struct SocketOption {
     /// Its value.
     pub value: Bytes,
 }
+
+/// Options of any socket that are kept: those which setsockopt(2) takes as getsockopt(2) gives them, and
+/// which hold no addresses. An image with others is refused.
+pub const SOCKET_OPTIONS: &[i32] = &[
+    2,  // SO_REUSEADDR
+    6,  // SO_BROADCAST
+    7,  // SO_SNDBUF
+    8,  // SO_RCVBUF
+    9,  // SO_KEEPALIVE
+    10, // SO_OOBINLINE
+    11, // SO_NO_CHECK
+    12, // SO_PRIORITY
+    13, // SO_LINGER
+    15, // SO_REUSEPORT
+    16, // SO_PASSCRED
+    18, // SO_RCVLOWAT
+    20, // SO_RCVTIMEO
+    21, // SO_SNDTIMEO
+    25, // SO_BINDTODEVICE
+    29, // SO_TIMESTAMP
+    34, // SO_PASSSEC
+    35, // SO_TIMESTAMPNS
+    36, // SO_MARK
+    46, // SO_BUSY_POLL
+    72, // SO_BUF_LOCK
+];
+/// The same of TCP, by level and name.
+pub const TCP_OPTIONS: &[(i32, i32)] = &[
+    (6, 1),   // TCP_NODELAY
+    (6, 3),   // TCP_CORK
+    (6, 4),   // TCP_KEEPIDLE
+    (6, 5),   // TCP_KEEPINTVL
+    (6, 6),   // TCP_KEEPCNT
+    (6, 7),   // TCP_SYNCNT
+    (6, 8),   // TCP_LINGER2
+    (6, 9),   // TCP_DEFER_ACCEPT
+    (6, 10),  // TCP_WINDOW_CLAMP
+    (6, 13),  // TCP_CONGESTION
+    (6, 18),  // TCP_USER_TIMEOUT
+    (6, 23),  // TCP_FASTOPEN
+    (6, 25),  // TCP_NOTSENT_LOWAT
+    (0, 1),   // IP_TOS
+    (0, 2),   // IP_TTL
+    (0, 10),  // IP_MTU_DISCOVER
+    (0, 15),  // IP_FREEBIND
+    (0, 19),  // IP_TRANSPARENT
+    (0, 24),  // IP_BIND_ADDRESS_NO_PORT
+    (41, 16), // IPV6_UNICAST_HOPS
+    (41, 26), // IPV6_V6ONLY
+    (41, 67), // IPV6_TCLASS
+];
+/// `SOL_SOCKET`
+pub const SOL_SOCKET: i32 = 1;
+
+impl SocketOption {
+    /// Whether the option is one of those that are kept.
+    pub fn is_known(&self) -> bool {
+        self.value.len() <= 64
+            && (self.level == SOL_SOCKET && SOCKET_OPTIONS.contains(&self.name)
+                || TCP_OPTIONS.contains(&(self.level, self.name)))
+    }
+}

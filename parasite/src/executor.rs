@@ -26,7 +26,7 @@ const FUTEX_WAKE: u64 = 1;
 /// How long the last thread waits for the others, and then for their last instructions.
 const MILLISECOND: u64 = 1_000_000;
 const PATIENCE: u32 = 10_000;
-const GRACE: u64 = 50 * MILLISECOND;
+const GRACE: u64 = 100 * MILLISECOND;
 /// Offsets of `stack` and `stack_size` in `struct clone_args` (linux/sched.h), in words.
 const CLONE_STACK: usize = 5;
 const CLONE_STACK_SIZE: usize = 6;
@@ -168,13 +168,12 @@ unsafe fn leave(context: *const Context) -> ! {
             heal::LAST => {
                 let guests = AtomicI32::from_ptr(guests);
                 let mut left = PATIENCE;
-                let mut waited = false;
                 while guests.load(Ordering::Acquire) > 0 && left > 0 {
-                    waited = true;
                     sleep(MILLISECOND);
                     left -= 1;
                 }
-                if waited || guests.load(Ordering::Acquire) < 0 {
+                // The count may be behind by the one thread that was being sent in or taken out.
+                if way.company != 0 {
                     sleep(GRACE);
                 }
                 arch::leave(way.gadget, way.start, way.length, way.frame)

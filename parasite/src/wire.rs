@@ -100,8 +100,8 @@ pub mod heal {
 pub struct Heal {
     /// See [`heal`].
     pub kind: u32,
-    /// Explicit padding.
-    pub reserved: u32,
+    /// Whether there are other threads, which may still be on their way out.
+    pub company: u32,
     /// Address of the signal frame that leads back.
     pub frame: u64,
     /// Address of a `syscall; ret` in the target's own code.

@@ -7,8 +7,6 @@ use torpor_parasite::script::{Script, Value};
 use crate::host::Host;
 
 const SECBIT_KEEP_CAPS: u32 = 1 << 4;
-/// The bits that lock others (linux/securebits.h, `SECURE_ALL_LOCKS`).
-const SECURE_ALL_LOCKS: u32 = 0xaa;
 const LINUX_CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 
 /// Gives a thread its credentials; nothing where it has them already.
@@ -33,6 +31,9 @@ pub(crate) fn plan(script: &mut Script, wanted: &Credentials, host: &Host) {
         let data = script.data(&bytes);
         call!(script, "supplementary groups", libc::SYS_setgroups, wanted.groups.len(), data);
     }
+    let all = have.permitted;
+    // Inheritable capabilities may exceed a bounding set only while that has not shrunk yet.
+    capset(script, all, all, wanted.inheritable);
     for capability in 0..=host.last_capability {
         let bit = 1u64 << capability;
         if wanted.bounding & bit == 0 && have.bounding & bit != 0 {
@@ -47,10 +48,7 @@ pub(crate) fn plan(script: &mut Script, wanted: &Credentials, host: &Host) {
     let changes_ids = wanted.uids != have.uids || wanted.gids != have.gids;
     if changes_ids {
         // Permitted capabilities must outlive the change of user id; what is to go goes by capset below.
-        let keep = (wanted.securebits & !SECURE_ALL_LOCKS) | SECBIT_KEEP_CAPS;
-        if changes_bits {
-            prctl(script, "securebits".into(), &[libc::PR_SET_SECUREBITS as u64, u64::from(keep)]);
-        } else if have.permitted != 0 {
+        if have.permitted != 0 {
             prctl(script, "keeping capabilities".into(), &[libc::PR_SET_KEEPCAPS as u64, 1]);
         }
         let [real, effective, saved, fs] = wanted.gids;
@@ -63,17 +61,17 @@ pub(crate) fn plan(script: &mut Script, wanted: &Credentials, host: &Host) {
         if fs != effective {
             script.try_call("the file system user id", libc::SYS_setfsuid, &[fs.into()]);
         }
+        // The change of ids took the effective ones away.
+        capset(script, all, all, wanted.inheritable);
     }
-    // The most that may be had, for what comes next.
-    let all = have.permitted;
-    capset(script, all, all, wanted.inheritable | have.inheritable & all);
-    if changes_bits {
-        prctl(script, "securebits".into(), &[libc::PR_SET_SECUREBITS as u64, u64::from(wanted.securebits)]);
-    } else if changes_ids && have.permitted != 0 && wanted.securebits & SECBIT_KEEP_CAPS == 0 {
-        prctl(script, "keeping capabilities".into(), &[libc::PR_SET_KEEPCAPS as u64, 0]);
+    // Ambient capabilities must be permitted and inheritable, and securebits may forbid to raise them.
+    if have.ambient != 0 {
+        prctl(
+            script,
+            "ambient capabilities".into(),
+            &[libc::PR_CAP_AMBIENT as u64, libc::PR_CAP_AMBIENT_CLEAR_ALL as u64, 0, 0, 0],
+        );
     }
-    // Ambient capabilities are dropped by the changes above and need both other sets to be raised again.
-    capset(script, wanted.permitted, wanted.effective, wanted.inheritable);
     for capability in 0..=host.last_capability {
         if wanted.ambient & (1 << capability) != 0 {
             prctl(
@@ -89,6 +87,12 @@ pub(crate) fn plan(script: &mut Script, wanted: &Credentials, host: &Host) {
             );
         }
     }
+    if changes_bits {
+        prctl(script, "securebits".into(), &[libc::PR_SET_SECUREBITS as u64, u64::from(wanted.securebits)]);
+    } else if changes_ids && have.permitted != 0 && wanted.securebits & SECBIT_KEEP_CAPS == 0 {
+        prctl(script, "keeping capabilities".into(), &[libc::PR_SET_KEEPCAPS as u64, 0]);
+    }
+    capset(script, wanted.permitted, wanted.effective, wanted.inheritable);
     no_new_privileges(script);
 }
 

@@ -7,7 +7,7 @@ use torpor_image::description::{Description, Kind};
 use torpor_image::lock::Flock;
 use torpor_image::task::Task;
 use torpor_image::unix::State;
-use torpor_image::{DescriptionId, Image};
+use torpor_image::DescriptionId;
 use torpor_parasite::call;
 use torpor_parasite::script::{OpId, Script, Value};
 
@@ -69,7 +69,8 @@ pub(crate) fn plan(script: &mut Script, planner: &mut Planner<'_>, task: &Task) 
 }
 
 /// Who gets SIGIO; the numbers are in place, and the owner, if it is this task, exists.
-pub(crate) fn owners(script: &mut Script, image: &Image, task: &Task) {
+pub(crate) fn owners(script: &mut Script, planner: &mut Planner<'_>, task: &Task) {
+    let image = planner.image;
     let mut done = Vec::new();
     for descriptor in &task.descriptors {
         let description = &image.objects.descriptions[descriptor.description.0 as usize];
@@ -78,10 +79,22 @@ pub(crate) fn owners(script: &mut Script, image: &Image, task: &Task) {
             continue;
         }
         done.push(descriptor.description);
+        // Another process of that id would get signals that are none of its business.
+        let own = owner.id == task.pid.0
+            || task.threads.iter().any(|t| t.tid.0 == owner.id)
+            || owner.id == task.pgid.0 && task.pgid == task.pid;
+        if !own {
+            planner.note(format!(
+                "{}: the signals of fd {} go to nobody: id {} is not in the image",
+                task.title(),
+                descriptor.fd,
+                owner.id
+            ));
+            continue;
+        }
         let purpose = format!("the owner of fd {}", descriptor.fd);
         let data = script.data(&[owner.kind.to_ne_bytes(), owner.id.to_ne_bytes()].concat());
-        // The owner may have been outside of the image and be gone.
-        script.try_call(purpose.clone(), libc::SYS_fcntl, &[descriptor.fd.into(), F_SETOWN_EX.into(), data.into()]);
+        call!(script, purpose.clone(), libc::SYS_fcntl, descriptor.fd, F_SETOWN_EX, data);
         if owner.signal != 0 {
             call!(script, purpose.clone(), libc::SYS_fcntl, descriptor.fd, F_SETSIG, owner.signal);
         }

@@ -33,7 +33,7 @@ pub(crate) fn fill(script: &mut Script, planner: &mut Planner<'_>, task: &Task) 
                 break;
             }
             let stop = end.min(vma.end);
-            let offset = record.offset + (at - record.address);
+            let offset = record.offset.wrapping_add(at - record.address);
             let part = Record { address: at, length: stop - at, offset, ..*record };
             let huge = task.memory.thp_disabled == 0 && takes_huge_pages(vma);
             match record.place {

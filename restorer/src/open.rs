@@ -107,6 +107,14 @@ impl<'i> Opener<'i> {
         detail
     }
 
+    /// Closes what the tasks have descriptors of their own for.
+    pub(crate) fn let_go(&mut self) {
+        self.pipes.clear();
+        self.inodes.clear();
+        self.sockets.clear();
+        self.listeners.clear();
+    }
+
     /// Everything stands: what was made stays.
     pub(crate) fn keep(&mut self) {
         self.made.clear();

@@ -202,7 +202,7 @@ fn plan_task(planner: &mut Planner<'_>, index: usize, task: &Task, options: &Opt
     let numbers = description::plan(&mut script, planner, task);
     epoll::plan(&mut script, planner.image, task, &numbers);
     description::close_others(&mut script, task);
-    description::owners(&mut script, planner.image, task);
+    description::owners(&mut script, planner, task);
     lock::plan(&mut script, task);
     phase("descriptors", script);
 
@@ -234,6 +234,9 @@ fn plan_task(planner: &mut Planner<'_>, index: usize, task: &Task, options: &Opt
         })
         .collect();
 
+    // Should the restorer die before it traces the new task, the task must not wait for ever.
+    let die = [Value::from(libc::PR_SET_PDEATHSIG), libc::SIGKILL.into()];
+    phases[0].script.call("dying with the restorer", libc::SYS_prctl, &die);
     phases[0].script.wait("the signal to begin", GO_TASK, 1);
     // Their size does not depend on the addresses in them.
     phases[1].script = first_phase(host, task, 0, 0, 0);
@@ -305,6 +308,10 @@ fn fits(planner: &mut Planner<'_>, task: &Task) -> Result<()> {
                 task.pgid
             ));
         }
+    }
+    let unix = |d: &torpor_image::description::Description| matches!(d.kind, Kind::Unix(_));
+    if image.objects.descriptions.iter().any(unix) {
+        planner.note(format!("{}: peers of its unix sockets will see torpor's credentials (SO_PEERCRED)", task.title()));
     }
     if image.manifest.ran_on {
         planner.note(format!("{}: it ran on after this image was taken; what it did since is not undone", task.title()));

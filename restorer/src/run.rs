@@ -314,6 +314,8 @@ impl Building<'_> {
     fn release(&mut self, stopped: bool) {
         self.done = true;
         self.opener.keep();
+        // Ends of ours would keep the tree from seeing that nobody is at the other end.
+        self.opener.let_go();
         for (fd, termios) in &self.opener.terminals {
             terminal::set_up(*fd, termios);
         }

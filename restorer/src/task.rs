@@ -139,10 +139,10 @@ pub(crate) fn last(script: &mut Script, planner: &mut Planner<'_>, task: &Task, 
         let args = [n(PR_SET_DUMPABLE), n(u64::from(task.memory.dumpable))];
         script.call("the dumpable attribute", libc::SYS_prctl, &args);
     }
-    let signal = task.leader().parent_death_signal;
+    let mut signal = task.leader().parent_death_signal;
     if signal != 0 && detach {
         planner.note(format!("{}: its parent death signal {signal} was about another parent", task.title()));
-    } else if signal != 0 {
-        call!(script, "the parent death signal", libc::SYS_prctl, libc::PR_SET_PDEATHSIG, signal);
+        signal = 0;
     }
+    call!(script, "the parent death signal", libc::SYS_prctl, libc::PR_SET_PDEATHSIG, signal);
 }

@@ -48,7 +48,8 @@ fn setting(timer: &TimerFd, taken_at: u64) -> (u32, (i64, i64)) {
     if timer.settime_flags & TFD_TIMER_ABSTIME == 0 || !calendar {
         return (0, left);
     }
-    let at = taken_at + left.0 as u64 * NANOSECONDS + left.1 as u64;
+    let left = (left.0 as u64).saturating_mul(NANOSECONDS).saturating_add(left.1 as u64);
+    let at = taken_at.saturating_add(left);
     let flags = timer.settime_flags & (TFD_TIMER_ABSTIME | TFD_TIMER_CANCEL_ON_SET);
     (flags, ((at / NANOSECONDS) as i64, (at % NANOSECONDS) as i64))
 }

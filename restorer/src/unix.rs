@@ -195,6 +195,12 @@ fn bind(opener: &mut Opener<'_>, what: &str, fd: &OwnedFd, unix: &UnixSocket) ->
     if let Some(file) = &unix.file {
         make_room(what, file)?;
     }
+    if let Some(file) = &unix.file {
+        // The file gets the mode of the socket's own inode (net/unix/af_unix.c, `unix_bind_bsd`): nothing has
+        // to be changed by path afterwards, where another file could be by then.
+        // SAFETY: fchmod takes numbers only.
+        unsafe { libc::fchmod(fd.as_raw_fd(), file.mode & 0o7777) };
+    }
     // SAFETY: a socket address with its length.
     let bound = in_directory(opener.image, unix.number, || unsafe {
         Errno::result(libc::bind(fd.as_raw_fd(), address.as_ptr().cast(), address.len())).map(drop)
@@ -214,10 +220,7 @@ fn bind(opener: &mut Opener<'_>, what: &str, fd: &OwnedFd, unix: &UnixSocket) ->
         opener.made.push(path.to_owned());
         let c_path = std::ffi::CString::new(file.path.0.clone()).map_err(|_nul| invalid(Errno::EINVAL))?;
         // SAFETY: the path ends with a zero. Who may not give the file away keeps it.
-        unsafe {
-            libc::chmod(c_path.as_ptr(), file.mode & 0o7777);
-            libc::lchown(c_path.as_ptr(), file.uid, file.gid);
-        }
+        unsafe { libc::lchown(c_path.as_ptr(), file.uid, file.gid) };
     }
     Ok(())
 }
@@ -234,10 +237,9 @@ fn make_room(what: &str, file: &BoundFile) -> Result<()> {
     if now.st_mode & libc::S_IFMT != libc::S_IFSOCK {
         return Err(taken(format!("`{}` exists and is no socket", file.path)));
     }
-    let in_use = torpor_kernel::sock_diag::unix_sockets()
-        .unwrap_or_default()
-        .into_iter()
-        .find(|s| s.vfs.is_some_and(|(_, inode)| u64::from(inode) == now.st_ino));
+    let sockets = torpor_kernel::sock_diag::unix_sockets()
+        .map_err(|e| taken(format!("`{}` exists, and whether it is in use cannot be told ({e})", file.path)))?;
+    let in_use = sockets.into_iter().find(|s| s.vfs.is_some_and(|(_, inode)| u64::from(inode) == now.st_ino));
     if let Some(socket) = in_use {
         let who = holder::of_socket(socket.inode).unwrap_or_else(|| "another process".to_owned());
         return Err(taken(format!("{who} is bound to `{}`", file.path)));
@@ -262,26 +264,26 @@ fn listener_named(image: &Image, name: &Bytes) -> Option<u32> {
     })
 }
 
-/// Runs a call that resolves the name of socket `number` where that name, if it is a relative one, leads to
-/// its file: in a thread whose working directory is its own.
+/// Runs a call that resolves or makes the name of socket `number`: for a path in a thread whose working
+/// directory and umask are its own, so that a relative name leads to its file and a file gets its mode.
 fn in_directory<T: Send>(
     image: &Image,
     number: u32,
     call: impl FnOnce() -> nix::Result<T> + Send,
 ) -> nix::Result<T> {
     let socket = by_number(image, number);
-    let relative = socket.and_then(|s| Some((s.name.as_ref()?, s.file.as_ref()?))).and_then(|(name, file)| {
-        let name = name.path();
-        if name.is_absolute() || name.as_os_str().as_encoded_bytes().first() == Some(&0) {
-            return None;
-        }
-        directory_of(file.path.path(), name)
-    });
-    let Some(dir) = relative else { return call() };
+    let Some((name, file)) = socket.and_then(|s| Some((s.name.as_ref()?, s.file.as_ref()?))) else {
+        return call();
+    };
+    let name = name.path();
+    let dir = if name.is_absolute() { None } else { directory_of(file.path.path(), name) };
     std::thread::scope(|scope| {
         let worker = scope.spawn(move || {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
-            nix::unistd::chdir(&dir)?;
+            nix::sys::stat::umask(nix::sys::stat::Mode::empty());
+            if let Some(dir) = dir {
+                nix::unistd::chdir(&dir)?;
+            }
             call()
         });
         worker.join().expect("the call does not panic")

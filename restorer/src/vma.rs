@@ -118,12 +118,14 @@ pub(crate) fn map(script: &mut Script, planner: &mut Planner<'_>, task: &Task, s
                     | FIXED
                     | if vma.grows_down { libc::MAP_GROWSDOWN } else { 0 }
                     | if vma.no_reserve { libc::MAP_NORESERVE } else { 0 };
-                mmap(script, title, vma.start, length, writable(vma), flags, Value::Number(u64::MAX), 0);
+                let protection = made_with(vma, planner.image, task);
+                mmap(script, title, vma.start, length, protection, flags, Value::Number(u64::MAX), 0);
             }
             Mapping::Private { inode, offset } => {
                 let slot = planner.open(Open::Mapped { inode: *inode, write: false });
                 let flags = libc::MAP_PRIVATE | FIXED | if vma.no_reserve { libc::MAP_NORESERVE } else { 0 };
-                mmap(script, title, vma.start, length, writable(vma), flags, planner.descriptor(slot), *offset);
+                let protection = made_with(vma, planner.image, task);
+                mmap(script, title, vma.start, length, protection, flags, planner.descriptor(slot), *offset);
             }
             Mapping::Shared { inode, offset, may_write } => {
                 if planner.image.objects.inodes[inode.0 as usize].is_shared_memory() {
@@ -179,7 +181,7 @@ pub(crate) fn finish(script: &mut Script, planner: &Planner<'_>, task: &Task) {
     for vma in &task.memory.vmas {
         let title = || title(vma, planner.image);
         let length = vma.len();
-        let made_with = match &vma.mapping {
+        let now = match &vma.mapping {
             Mapping::Kernel { .. } => continue,
             Mapping::Shared { inode, .. } => {
                 if planner.image.objects.inodes[inode.0 as usize].is_shared_memory() {
@@ -188,9 +190,9 @@ pub(crate) fn finish(script: &mut Script, planner: &Planner<'_>, task: &Task) {
                     vma.protection
                 }
             }
-            _ => writable(vma),
+            _ => made_with(vma, planner.image, task),
         };
-        if made_with != vma.protection {
+        if now != vma.protection {
             call!(script, title(), libc::SYS_mprotect, vma.start, length, vma.protection);
         }
         for advice in &vma.advice {
@@ -205,14 +207,18 @@ pub(crate) fn finish(script: &mut Script, planner: &Planner<'_>, task: &Task) {
                 &[PR_SET_VMA.into(), PR_SET_VMA_ANON_NAME.into(), vma.start.into(), length.into(), name.into()],
             );
         }
-        match vma.locked {
-            Lock::No => {}
-            Lock::Yes => {
-                call!(script, title(), libc::SYS_mlock2, vma.start, length, 0);
-            }
-            Lock::OnFault => {
-                call!(script, title(), libc::SYS_mlock2, vma.start, length, libc::MLOCK_ONFAULT);
-            }
+        let flags = match vma.locked {
+            Lock::No => continue,
+            Lock::Yes => 0,
+            Lock::OnFault => libc::MLOCK_ONFAULT,
+        };
+        let args = [vma.start.into(), length.into(), flags.into()];
+        if vma.protection == 0 {
+            // mlockall locks these too: the lock is set before their pages, which nobody may touch, fail to
+            // be made present (mm/mlock.c).
+            script.try_call(title(), libc::SYS_mlock2, &args);
+        } else {
+            script.call(title(), libc::SYS_mlock2, &args);
         }
     }
 }
@@ -229,9 +235,17 @@ pub(crate) fn title(vma: &Vma, image: &Image) -> String {
     format!("memory {:x}-{:x} ({what})", vma.start, vma.end)
 }
 
-/// Private areas are made writable, so that their contents can be read into them.
-fn writable(vma: &Vma) -> u32 {
-    vma.protection | libc::PROT_WRITE as u32
+/// The protection a private area is made with. One that contents go into must be writable, but not
+/// executable at the same time. The others are made as they will be: a large area without access is not
+/// accounted as memory in use, and must not become so.
+fn made_with(vma: &Vma, image: &Image, task: &Task) -> u32 {
+    let records = image.records(task.memory.pages);
+    let first = records.partition_point(|r| r.address + r.length <= vma.start);
+    if records.get(first).is_some_and(|r| r.address < vma.end) {
+        (libc::PROT_READ | libc::PROT_WRITE) as u32
+    } else {
+        vma.protection
+    }
 }
 
 #[expect(clippy::too_many_arguments, reason = "they are those of mmap")]

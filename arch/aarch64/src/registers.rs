@@ -86,6 +86,19 @@ impl Registers {
         *self
     }
 
+    /// On this architecture nothing: a failed call's first argument is gone, as x0 holds the error.
+    pub fn retried(&self) -> Option<Self> {
+        None
+    }
+
+    /// Bytes before [`Registers::ip`] that [`Registers::resolved`] looks at.
+    pub const CALL_SITE: usize = 7;
+
+    /// On this architecture nothing is to be resolved: the kernel has set the call up to be made again.
+    pub fn resolved(&self, _site: &[u8; Self::CALL_SITE]) -> Option<Self> {
+        Some(*self)
+    }
+
     /// Registers that make one system call at the instruction `at` with the stack at `sp`.
     ///
     /// Where the thread goes on afterwards is in x30, hence always [`Registers::returning_to`] as well.

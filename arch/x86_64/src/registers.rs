@@ -92,6 +92,44 @@ impl Registers {
         (self.orig_rax as i64 >= 0 && restarts).then_some(self.orig_rax)
     }
 
+    /// These registers with a system call that the stop itself made fail set up to be made again.
+    ///
+    /// Some calls return a plain EINTR when they are interrupted, even by a stop without any signal to
+    /// handle (signal(7), "interruption of system calls by stop signals"). None of those listed here has
+    /// done anything when it says so.
+    pub fn retried(&self) -> Option<Self> {
+        const EINTR: i64 = -4;
+        // read, recvfrom, recvmsg, accept (with a receive timeout), semop, rt_sigtimedwait, io_getevents,
+        // semtimedop, epoll_wait, epoll_pwait, readv, accept4, recvmmsg, io_pgetevents, io_uring_enter,
+        // epoll_pwait2.
+        const CALLS: [u64; 16] = [0, 45, 47, 43, 65, 128, 208, 220, 232, 281, 19, 288, 299, 333, 426, 441];
+        (self.result() == EINTR && CALLS.contains(&self.orig_rax)).then(|| Self {
+            rax: self.orig_rax,
+            rip: self.rip.wrapping_sub(SYSCALL_LENGTH),
+            orig_rax: u64::MAX,
+            ..*self
+        })
+    }
+
+    /// Bytes before [`Registers::ip`] that [`Registers::resolved`] looks at.
+    pub const CALL_SITE: usize = 7;
+
+    /// These registers with the number of the call that is being restarted, where they only say that one is.
+    ///
+    /// After a first stop an interrupted call with a relative timeout goes on as restart_syscall(2), whose
+    /// meaning only the kernel knows. Its number is told by the code, where that is `mov $nr, %eax; syscall`
+    /// (`site` are the bytes before ip); its arguments still lie in their registers. `None` where it is not.
+    pub fn resolved(&self, site: &[u8; Self::CALL_SITE]) -> Option<Self> {
+        if self.interrupted_call() != Some(crate::nr::RESTART_SYSCALL) {
+            return Some(*self);
+        }
+        let nr = u64::from(u32::from_le_bytes([site[1], site[2], site[3], site[4]]));
+        // poll, nanosleep, futex, clock_nanosleep: those that use a restart block.
+        const CALLS: [u64; 4] = [7, 35, 202, 230];
+        (site[0] == 0xb8 && site[5..] == [0x0f, 0x05] && CALLS.contains(&nr))
+            .then_some(Self { orig_rax: nr, ..*self })
+    }
+
     /// These registers made independent of the kernel's memory of an interrupted system call.
     ///
     /// A thread stopped in a system call shows `-ERESTART*` in rax; the kernel acts on it when the same
