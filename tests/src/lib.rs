@@ -269,18 +269,30 @@ impl Victim {
 
     /// Waits for `more` ticks.
     pub fn ticks(&self, more: usize) -> Outcome {
-        let wanted = self.count()? + more;
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            if self.count()? >= wanted {
-                return Ok(());
-            }
+        let alive = || {
             ensure!(
                 state(self.pid).is_some_and(|s| s != 'Z'),
                 "the victim is gone: {}{}",
                 self.last_words(),
                 fs::read_to_string(self.dir.path().join("said")).unwrap_or_default()
             );
+            Ok(())
+        };
+        self.wait(self.count()? + more, alive)
+    }
+
+    /// Waits until there are `more` ticks than `before`; the process may not be there yet.
+    pub fn ticks_from(&self, before: usize, more: usize) -> Outcome {
+        self.wait(before + more, || Ok(()))
+    }
+
+    fn wait(&self, wanted: usize, alive: impl Fn() -> Outcome) -> Outcome {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if self.count()? >= wanted {
+                return Ok(());
+            }
+            alive()?;
             ensure!(Instant::now() < deadline, "the victim does not tick:\n{}", threads_of(self.pid));
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -312,8 +324,19 @@ impl Victim {
         args.extend(options);
         let pid = self.pid.to_string();
         args.extend([pid.as_str(), image.to_str().ok_or("a path")?]);
-        run_torpor(&args)?.expect(0).map_err(|e| format!("dump: {e}"))?;
-        Ok(image)
+        let mut tries = 0;
+        loop {
+            let said = run_torpor(&args)?;
+            // What a victim does to look at itself may be refused; it does so for a moment only.
+            let passing = ["files of /proc", "tcp socket", "is connected to"].iter().any(|w| said.text.contains(w));
+            if said.code() == 5 && passing && tries < 10 {
+                tries += 1;
+                self.ticks(1)?;
+                continue;
+            }
+            said.expect(0).map_err(|e| format!("dump: {e}"))?;
+            return Ok(image);
+        }
     }
 
     /// Dumps it, after which it is gone.

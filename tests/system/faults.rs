@@ -419,14 +419,7 @@ fn port_taken() -> Outcome {
     let log = fs::read_to_string(victim.log()).map_err(|e| e.to_string())?;
     let port: u16 =
         log.lines().find_map(|l| l.strip_prefix("port ")).and_then(|p| p.parse().ok()).ok_or("no port")?;
-    let mut tries = 0;
-    let image = loop {
-        match victim.dump() {
-            Ok(image) => break image,
-            Err(e) if tries > 20 => return Err(e),
-            Err(_) => tries += 1,
-        }
-    };
+    let image = victim.dump()?;
     conflict(&mut victim, &image, &port.to_string(), || {
         let holder = std::net::TcpListener::bind(("127.0.0.1", port)).map_err(|e| e.to_string())?;
         Ok(Box::new(move || {

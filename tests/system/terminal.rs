@@ -46,6 +46,7 @@ impl Pty {
             command.pre_exec(|| {
                 libc::setsid();
                 libc::ioctl(0, libc::TIOCSCTTY, 0);
+                libc::close_range(3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as i32);
                 Ok(())
             });
         }
@@ -89,12 +90,13 @@ fn terminal() -> Outcome {
     let mut second = Pty::open()?;
     let mut command = torpor_command(&["restore", image.to_str().ok_or("a path")?]);
     second.give(&mut command)?;
+    let before = subject.count()?;
     let mut torpor: Child = command.spawn().map_err(|e| e.to_string())?;
     let result = (|| {
         second.until("count ")?;
         second.type_("q")?;
         second.until("typed q")?;
-        subject.ticks(3)
+        subject.ticks_from(before, 3)
     })();
     // SAFETY: kill takes numbers; torpor is an unreaped child of ours and passes the signal on.
     unsafe { libc::kill(torpor.id() as i32, libc::SIGTERM) };
