@@ -121,6 +121,9 @@ pub struct RestoreArgs {
     /// without it.
     #[arg(long)]
     pub accept_changed: bool,
+    /// Compare all contents with their checksums first, as `torpor verify` does
+    #[arg(long)]
+    pub verify: bool,
     /// Print the pid, or the plan, as JSON
     #[arg(long)]
     pub json: bool,

@@ -69,7 +69,9 @@ pub(crate) fn dump(pid: i32, dir: &Path, afterwards: Afterwards, fsync: bool) ->
     options.runs_on = afterwards != Afterwards::Ended;
     options.progress = Some(&add);
 
-    let unstoppable = Unstoppable::begin();
+    let held = Held::begin();
+    let cancel = Held::wants_end;
+    options.cancel = Some(&cancel);
     let mut frozen = target.freeze()?;
     let manifest = if afterwards == Afterwards::Running {
         frozen.dump_and_resume(destination, &options)?.manifest
@@ -81,7 +83,7 @@ pub(crate) fn dump(pid: i32, dir: &Path, afterwards: Afterwards, fsync: bool) ->
         })?;
         manifest
     };
-    drop(unstoppable);
+    drop(held);
 
     Ok(Summary {
         pid,
@@ -109,20 +111,36 @@ fn line(summary: &Summary, afterwards: Afterwards) -> String {
     format!("dumped pid {pid} ({name}) to {dir}: {bytes}, frozen for {frozen}, {now}\n")
 }
 
-/// Ctrl-Z at the wrong moment would leave us stopped, and with us the process that we hold.
-struct Unstoppable {
+/// Signals held back while a process stands: Ctrl-Z at the wrong moment would leave us stopped, and with us
+/// the process that we hold; Ctrl-C would leave half an image behind. What asks us to end calls the dump off,
+/// and takes effect once everything is cleared away.
+struct Held {
     before: Option<SigSet>,
 }
 
-impl Unstoppable {
+const ENDS: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
+const STOPS: [Signal; 3] = [Signal::SIGTSTP, Signal::SIGTTIN, Signal::SIGTTOU];
+
+impl Held {
     fn begin() -> Self {
-        let stops = SigSet::from_iter([Signal::SIGTSTP, Signal::SIGTTIN, Signal::SIGTTOU]);
-        // It cannot fail; if it did, the dump would only be stoppable.
-        Unstoppable { before: stops.thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_BLOCK).ok() }
+        let signals = SigSet::from_iter(STOPS.into_iter().chain(ENDS));
+        // It cannot fail; if it did, the signals would only do what they always do.
+        Held { before: signals.thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_BLOCK).ok() }
+    }
+
+    /// Whether a signal that would end us waits.
+    fn wants_end() -> bool {
+        // SAFETY: an all-zero sigset_t is a valid one.
+        let mut pending: nix::libc::sigset_t = unsafe { std::mem::zeroed() };
+        // SAFETY: `pending` is a sigset_t of ours, first to be filled and then read.
+        unsafe {
+            nix::libc::sigpending(&raw mut pending) == 0
+                && ENDS.iter().any(|s| nix::libc::sigismember(&raw const pending, *s as i32) == 1)
+        }
     }
 }
 
-impl Drop for Unstoppable {
+impl Drop for Held {
     fn drop(&mut self) {
         if let Some(before) = &self.before {
             let _cannot_fail = before.thread_set_mask();

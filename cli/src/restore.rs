@@ -22,6 +22,10 @@ struct Restored {
 
 pub(crate) fn run(args: &RestoreArgs) -> anyhow::Result<Exit> {
     let image = Image::open(&args.dir)?;
+    if args.verify {
+        image.verify(|_| ())?;
+    }
+    raise_descriptor_limit();
     let plan = plan(&image, args.accept_changed, args.detach)?;
     for note in &plan.notes {
         output::note(note);
@@ -41,6 +45,17 @@ pub(crate) fn run(args: &RestoreArgs) -> anyhow::Result<Exit> {
     let prepared = torpor_restorer::prepare(&image, &plan, Some(&add))?;
     progress.finish();
     if args.detach { detach(args, prepared) } else { attach(args, prepared, &terminal) }
+}
+
+/// Everything a process had open is opened here first. Its own limit is set again at its end.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        // As many as there are without it will do for most.
+        let _ignored = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
 }
 
 /// Bytes of the files that are made again, which is what a restore reports as it goes on.

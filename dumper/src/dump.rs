@@ -1,5 +1,6 @@
 //! From a pid to an image: survey, freeze, collect, copy, write.
 
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -10,16 +11,19 @@ use torpor_image::task::Task;
 use torpor_image::write::{DataFile, ImageWriter};
 use torpor_kernel::ids::Pid;
 use torpor_kernel::memory::Memory;
-use torpor_kernel::status;
+use torpor_kernel::{fds, stat, status};
 
 use crate::collect::Collector;
 use crate::error::{Error, Result};
 use crate::freeze::Frozen as Stopped;
 use crate::gadget::{self, Gadgets};
-use crate::memory::Copied;
+use crate::memory::{Copied, Watch};
 use crate::stage::Stage;
 use crate::survey::{self, Survey};
-use crate::{description, memory, task, vma};
+use crate::{description, inotify, memory, task, vma};
+
+/// How often the freeze is put off for a program to read its events: 127 ms in all.
+const MOMENTS: u32 = 7;
 
 /// How to dump.
 #[derive(Default)]
@@ -30,6 +34,14 @@ pub struct Options<'a> {
     pub runs_on: bool,
     /// Told of bytes copied, from several threads.
     pub progress: Option<&'a (dyn Fn(u64) + Sync)>,
+    /// Asked now and then whether to give up, from several threads.
+    pub cancel: Option<&'a (dyn Fn() -> bool + Sync)>,
+}
+
+impl Options<'_> {
+    fn watch(&self) -> Watch<'_> {
+        Watch { progress: self.progress, cancel: self.cancel }
+    }
 }
 
 /// A running process that can be dumped.
@@ -38,6 +50,8 @@ pub struct Target {
     pid: Pid,
     gadgets: Gadgets,
     survey: Survey,
+    /// When it started, which tells it from another of the same pid.
+    started: u64,
 }
 
 /// Where an image goes: a directory, checked and prepared while the process still runs.
@@ -82,7 +96,8 @@ impl Target {
         }
         let memory = Memory::open(pid, false).map_err(|source| Error::Permission { pid, source })?;
         let gadgets = gadget::find(pid, &maps, &memory)?;
-        Ok(Target { pid, gadgets, survey })
+        let started = stat::of_process(pid).map_err(Error::kernel(pid, "reading its stat"))?.starttime;
+        Ok(Target { pid, gadgets, survey, started })
     }
 
     /// What was found.
@@ -90,10 +105,22 @@ impl Target {
         &self.survey
     }
 
-    /// Stops every thread of the process.
+    /// Stops every thread of the process; a moment later where it is about to take in what a dump would lose.
     pub fn freeze(&self) -> Result<Frozen> {
         let stage = Stage::for_bytes(self.survey.resident);
-        let stopped = Stopped::freeze(self.pid)?;
+        let pidfd = fds::pidfd_open(self.pid).map_err(Error::kernel(self.pid, "opening it"))?;
+        let mut stopped = Stopped::freeze(self.pid)?;
+        for attempt in 0..MOMENTS {
+            if !inotify::unread(self.pid, pidfd.as_fd()) {
+                break;
+            }
+            stopped.resume();
+            std::thread::sleep(std::time::Duration::from_millis(1 << attempt));
+            stopped = Stopped::freeze(self.pid)?;
+        }
+        if stat::of_process(self.pid).is_ok_and(|s| s.starttime != self.started) {
+            return Err(stopped.died("another process has its pid by now"));
+        }
         let memory = Memory::open(self.pid, false).map_err(Error::kernel(self.pid, "opening its memory"))?;
         let gadgets = if gadget::confirm(self.gadgets, &memory) {
             self.gadgets
@@ -193,15 +220,14 @@ fn capture<'s>(
     let task = collected.task;
 
     let begin = Instant::now();
-    let silent = |_| {};
-    let progress = options.progress.unwrap_or(&silent);
+    let watch = options.watch();
     if let Some(stage) = stage.as_deref_mut() {
         stage.clear();
     }
-    let pages = memory::copy(pid, &task.memory.vmas, stage.as_deref_mut(), &mut files, progress)?;
+    let pages = memory::copy(pid, &task.memory.vmas, stage.as_deref_mut(), &mut files, &watch)?;
     for (id, content) in std::mem::take(&mut collector.contents) {
         let size = collector.objects.inodes[id.0 as usize].size;
-        let extents = memory::copy_inode(pid, &content, size, &mut files[0], &mut writer, progress)?;
+        let extents = memory::copy_inode(pid, &content, size, &mut files[0], &mut writer, &watch)?;
         collector.set_extents(id, extents);
     }
     Ok(Captured {
@@ -227,12 +253,11 @@ fn capture<'s>(
 impl Captured<'_> {
     /// Writes what is left to be written and gives the image its name.
     fn finish(mut self, options: &Options<'_>) -> Result<Dumped> {
-        let silent = |_| {};
-        let progress = options.progress.unwrap_or(&silent);
+        let watch = options.watch();
         let records = match (self.pages, self.stage) {
             (Copied::Written(records), _) => records,
             (Copied::Staged { runs, guards }, Some(stage)) => {
-                memory::write_staged(&runs, guards, stage, &mut self.files[0], progress)?
+                memory::write_staged(self.pid, &runs, guards, stage, &mut self.files[0], &watch)?
             }
             (Copied::Staged { .. }, None) => {
                 return Err(Error::Inconsistent { pid: self.pid, what: "the stage is gone".into() });

@@ -118,6 +118,12 @@ pub enum Error {
         /// What does not fit.
         what: String,
     },
+    /// The caller no longer wants it.
+    #[error("the dump of pid {pid} was called off; the process goes on as before")]
+    Cancelled {
+        /// The process.
+        pid: Pid,
+    },
     /// A kernel call failed.
     #[error("cannot dump pid {pid}: {doing}: {source}; the process goes on as before")]
     Kernel {

@@ -34,9 +34,9 @@ pub(crate) fn collect(
         return Ok(None);
     }
     // Not listed: never connected, or a connection that was reset, or of another network namespace.
-    let own_state = socket::option(fd, libc::IPPROTO_TCP, libc::TCP_INFO).and_then(|i| i.first().copied());
-    if diag.is_none() && own_state != Some(CLOSE) {
-        collector.refuse(found.title(), "a TCP connection cannot be dumped yet", "close it before the dump");
+    if diag.is_none() && !is_new(fd) {
+        let why = "what is left of a TCP connection cannot be dumped yet";
+        collector.refuse(found.title(), why, "close it before the dump");
         return Ok(None);
     }
     let listening = diag.as_ref().filter(|d| d.state == LISTEN);
@@ -66,4 +66,11 @@ fn address(storage: SockaddrStorage) -> Option<SocketAddr> {
         return Some(SocketAddr::V4((*v4).into()));
     }
     storage.as_sockaddr_in6().map(|v6| SocketAddr::V6((*v6).into()))
+}
+
+/// Whether a socket has never sent nor received anything (struct tcp_info, linux/tcp.h: the state in the first
+/// byte, segments out and in at 136 and 140).
+fn is_new(fd: &OwnedFd) -> bool {
+    let info = socket::option(fd, libc::IPPROTO_TCP, libc::TCP_INFO).unwrap_or_default();
+    info.first() == Some(&CLOSE) && info.get(136..144).is_none_or(|segments| segments.iter().all(|b| *b == 0))
 }

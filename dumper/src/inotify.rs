@@ -3,13 +3,14 @@
 //! fdinfo names what is watched by a file handle. It is opened by that where the privilege is there
 //! (open_by_handle_at wants CAP_DAC_READ_SEARCH), and its path read from /proc/self/fd.
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use torpor_image::Bytes;
 use torpor_image::description::Kind;
 use torpor_image::inotify::{Inotify, Watch};
 use torpor_kernel::fdinfo::InotifyWatch;
-use torpor_kernel::mountinfo;
+use torpor_kernel::ids::Pid;
+use torpor_kernel::{fds, mountinfo};
 
 use crate::collect::{Collector, stat_path};
 use crate::description::Found;
@@ -50,11 +51,8 @@ pub(crate) fn collect(
         kept.push(Watch { descriptor: watch.wd, mask: watch.mask, path });
     }
     kept.sort_by_key(|w| w.descriptor);
-    let fd = found.get(collector)?;
-    let mut queued = 0i32;
-    // SAFETY: FIONREAD fills an int.
-    unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut queued) };
-    if queued > 0 {
+    let queued = queued(&found.get(collector)?);
+    if queued > 0 && !collector.live {
         collector.losses.push(format!("{}: {queued} bytes of events that were not read", found.title()));
     }
     Ok(Some(Kind::Inotify(Inotify { watches: kept })))
@@ -78,4 +76,19 @@ fn open_watched(watch: &InotifyWatch, mount_point: &[u8]) -> Option<Bytes> {
     let link = nix::fcntl::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()).as_str()).ok()?;
     let path = Bytes(std::os::unix::ffi::OsStringExt::into_vec(link));
     (stat_path(&path)?.st_ino == watch.ino).then_some(path)
+}
+
+/// Bytes of events that were not read.
+fn queued(fd: &OwnedFd) -> i32 {
+    let mut queued = 0i32;
+    // SAFETY: FIONREAD fills an int.
+    unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut queued) };
+    queued
+}
+
+/// Whether a process has events that it has not read yet, and that a dump would lose.
+pub(crate) fn unread(pid: Pid, pidfd: BorrowedFd<'_>) -> bool {
+    let inotify = |fd: &i32| fds::readlink(pid, *fd).is_ok_and(|link| link == b"anon_inode:inotify");
+    let all = fds::list(pid).unwrap_or_default();
+    all.into_iter().filter(inotify).any(|fd| fds::getfd(pidfd, fd).is_ok_and(|fd| queued(&fd) > 0))
 }

@@ -24,6 +24,21 @@ const CHUNK: u64 = 1 << 20;
 const SHARE: u64 = 2 << 20;
 const MAX_WRITERS: u64 = 8;
 
+/// Who looks on: is told of bytes copied, and may want it to end.
+pub(crate) struct Watch<'a> {
+    pub(crate) progress: Option<&'a (dyn Fn(u64) + Sync)>,
+    pub(crate) cancel: Option<&'a (dyn Fn() -> bool + Sync)>,
+}
+
+impl Watch<'_> {
+    fn copied(&self, pid: Pid, bytes: u64) -> Result<()> {
+        if let Some(progress) = self.progress {
+            progress(bytes);
+        }
+        if self.cancel.is_some_and(|cancel| cancel()) { Err(Error::Cancelled { pid }) } else { Ok(()) }
+    }
+}
+
 /// A run of memory to be copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Run {
@@ -49,7 +64,7 @@ pub(crate) fn copy(
     vmas: &[Vma],
     stage: Option<&mut Stage>,
     files: &mut [DataFile],
-    progress: &(dyn Fn(u64) + Sync),
+    watch: &Watch<'_>,
 ) -> Result<Copied> {
     let scan = PageScan::open(pid).map_err(Error::kernel(pid, "opening its pagemap"))?;
     let mut runs = Vec::new();
@@ -78,7 +93,7 @@ pub(crate) fn copy(
         let workers: Vec<_> = shares
             .iter()
             .zip(files.iter_mut())
-            .map(|(share, file)| scope.spawn(move || copy_runs(pid, share, file, progress)))
+            .map(|(share, file)| scope.spawn(move || copy_runs(pid, share, file, watch)))
             .collect();
         let mut pages = Vec::new();
         for worker in workers {
@@ -139,18 +154,19 @@ fn read_runs(pid: Pid, runs: &[Run], mut room: &mut [u8]) -> Result<()> {
 
 /// Writes what was staged to the first of the files.
 pub(crate) fn write_staged(
+    pid: Pid,
     runs: &[(u64, u64, usize)],
     guards: Vec<Record>,
     stage: &Stage,
     file: &mut DataFile,
-    progress: &(dyn Fn(u64) + Sync),
+    watch: &Watch<'_>,
 ) -> Result<Vec<Record>> {
     let mut records = Vec::new();
     for &(start, end, at) in runs {
         let bytes = &stage.bytes()[at..at + (end - start) as usize];
         for (i, chunk) in bytes.chunks(CHUNK as usize).enumerate() {
             store(&mut records, start + i as u64 * CHUNK, chunk, file)?;
-            progress(chunk.len() as u64);
+            watch.copied(pid, chunk.len() as u64)?;
         }
     }
     records.extend(guards);
@@ -202,7 +218,7 @@ fn split(runs: &[Run], size: u64) -> Vec<Vec<Run>> {
     shares
 }
 
-fn copy_runs(pid: Pid, runs: &[Run], file: &mut DataFile, progress: &(dyn Fn(u64) + Sync)) -> Result<Vec<Record>> {
+fn copy_runs(pid: Pid, runs: &[Run], file: &mut DataFile, watch: &Watch<'_>) -> Result<Vec<Record>> {
     let memory = Memory::open(pid, false).map_err(Error::kernel(pid, "opening its memory"))?;
     let mut records: Vec<Record> = Vec::new();
     let mut buffer = vec![0u8; CHUNK as usize];
@@ -215,7 +231,7 @@ fn copy_runs(pid: Pid, runs: &[Run], file: &mut DataFile, progress: &(dyn Fn(u64
                 .read_exact_at(RemoteAddr(at), bytes)
                 .map_err(Error::kernel(pid, "reading its memory"))?;
             store(&mut records, at, bytes, file)?;
-            progress(length);
+            watch.copied(pid, length)?;
             at += length;
         }
     }
@@ -275,7 +291,7 @@ pub(crate) fn copy_inode(
     size: u64,
     file: &mut DataFile,
     writer: &mut ImageWriter,
-    progress: &(dyn Fn(u64) + Sync),
+    watch: &Watch<'_>,
 ) -> Result<torpor_image::extent::Extents> {
     let mut records = Vec::new();
     match content {
@@ -314,7 +330,7 @@ pub(crate) fn copy_inode(
                         return Err(Error::Inconsistent { pid, what: "a file it holds gives single bytes".into() });
                     }
                     store(&mut records, at, &buffer[..whole], file)?;
-                    progress(whole as u64);
+                    watch.copied(pid, whole as u64)?;
                     at += whole as u64;
                 }
                 at = at.max(end);
@@ -336,7 +352,7 @@ pub(crate) fn copy_inode(
                         .read_exact_at(RemoteAddr(address + at), bytes)
                         .map_err(Error::kernel(pid, "reading its shared memory"))?;
                     store(&mut records, offset + at, bytes, file)?;
-                    progress(want);
+                    watch.copied(pid, want)?;
                     at += want;
                 }
                 done = done.max(offset + length);

@@ -11,7 +11,7 @@ pub(crate) fn int_option(fd: &OwnedFd, level: i32, name: i32) -> Option<i32> {
 
 /// The value of an option; `None` where the socket has no such.
 pub(crate) fn option(fd: &OwnedFd, level: i32, name: i32) -> Option<Vec<u8>> {
-    let mut value = vec![0u8; 64];
+    let mut value = vec![0u8; 256];
     let mut len = value.len() as libc::socklen_t;
     // SAFETY: getsockopt fills at most `len` bytes.
     let got =
@@ -40,7 +40,7 @@ pub(crate) fn options(
         .filter_map(|(level, name)| {
             let value = option(fd, level, name)?;
             let default = fresh.as_ref().and_then(|f| option(f, level, name));
-            (default.as_ref() != Some(&value)).then(|| SocketOption { level, name, value: value.into() })
+            (default.as_ref() != Some(&value) && value.len() <= 64).then(|| SocketOption { level, name, value: value.into() })
         })
         .collect()
 }
@@ -58,7 +58,12 @@ pub(crate) fn filter_length(fd: &OwnedFd) -> u32 {
             &raw mut len,
         )
     };
-    if got == 0 { len } else { 0 }
+    match got {
+        0 => len,
+        // There is one, but of the extended kind, which cannot be read.
+        _ if nix::errno::Errno::last() == nix::errno::Errno::EACCES => 1,
+        _ => 0,
+    }
 }
 
 /// "a UDP socket"

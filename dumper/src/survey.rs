@@ -1,5 +1,7 @@
 //! What a dump of a running process would take, lose or refuse, without stopping it.
 
+use std::os::unix::fs::FileExt;
+
 use torpor_image::Bytes;
 use torpor_kernel::fds::{self, KcmpType};
 use torpor_kernel::ids::Pid;
@@ -146,6 +148,12 @@ pub(crate) fn refuse_process(collector: &mut Collector, status: &status::Status)
         }
     }
     directories(collector)?;
+    // e_ident[EI_CLASS] is 2 for 64 bits (elf(5)).
+    let mut class = [0u8; 5];
+    let header = std::fs::File::open(format!("/proc/{pid}/exe")).and_then(|f| f.read_exact_at(&mut class, 0));
+    if header.is_ok() && class[4] != 2 {
+        collector.refuse("its program", "it is of another word size than torpor", "use a program of this word size");
+    }
     Ok(())
 }
 

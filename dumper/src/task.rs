@@ -23,6 +23,12 @@ use crate::{signal, thread, timer};
 const PR_GET_DUMPABLE: u64 = 3;
 const PR_GET_CHILD_SUBREAPER: u64 = 37;
 const PR_GET_THP_DISABLE: u64 = 42;
+const PR_GET_TSC: u64 = 25;
+const PR_TSC_ENABLE: u32 = 1;
+const PR_MCE_KILL_GET: u64 = 34;
+const PR_MCE_KILL_DEFAULT: i64 = 2;
+const PR_GET_MDWE: u64 = 66;
+const PR_GET_MEMORY_MERGE: u64 = 68;
 /// linux/membarrier.h
 const MEMBARRIER_CMD_GET_REGISTRATIONS: u64 = 1 << 9;
 
@@ -33,6 +39,10 @@ struct Asked {
     subreaper: torpor_parasite::script::Data,
     thp_disabled: OpId,
     membarrier: OpId,
+    mdwe: OpId,
+    memory_merge: OpId,
+    machine_checks: OpId,
+    tsc: torpor_parasite::script::Data,
     limits: Vec<torpor_parasite::script::Data>,
 }
 
@@ -49,7 +59,16 @@ fn ask(script: &mut Script) -> Asked {
             limit
         })
         .collect();
+    let tsc = script.reserve(8);
+    script.try_call("the time stamp counter attribute", libc::SYS_prctl, &[n(PR_GET_TSC), tsc.into()]);
+    let zero = [n(0); 3];
+    let get = |option| [&[n(option), n(0)][..], &zero].concat();
     Asked {
+        tsc,
+        // Newer than some kernels; EINVAL means that there is nothing to be kept.
+        mdwe: script.try_call("the write-xor-execute attribute", libc::SYS_prctl, &get(PR_GET_MDWE)),
+        memory_merge: script.try_call("the page merging attribute", libc::SYS_prctl, &get(PR_GET_MEMORY_MERGE)),
+        machine_checks: script.try_call("the machine check policy", libc::SYS_prctl, &get(PR_MCE_KILL_GET)),
         limits,
         brk: script.call("the program break", libc::SYS_brk, &[n(0)]),
         dumpable: script.call("the dumpable attribute", libc::SYS_prctl, &[n(PR_GET_DUMPABLE)]),
@@ -131,6 +150,14 @@ pub(crate) fn collect(
         .zip(&outcomes)
         .map(|((stopped, asked), outcome)| thread::assemble(pid, stopped, asked, outcome))
         .collect::<Result<Vec<_>>>()?;
+    let policy = first.result(asked.machine_checks);
+    if policy >= 0 && policy != PR_MCE_KILL_DEFAULT {
+        collector.losses.push(format!("the machine check policy {policy} (PR_MCE_KILL)"));
+    }
+    let tsc = first.u32(asked.tsc);
+    if tsc != 0 && tsc != PR_TSC_ENABLE {
+        collector.losses.push("that reading the time stamp counter is a fault (PR_SET_TSC)".to_owned());
+    }
     let number = |op: OpId| first.result(op).max(0) as u32;
     let fields = MmFields {
         start_code: stat.start_code,
@@ -154,6 +181,8 @@ pub(crate) fn collect(
         exe: exe(collector)?,
         dumpable: number(asked.dumpable),
         thp_disabled: number(asked.thp_disabled),
+        mdwe: number(asked.mdwe),
+        memory_merge: number(asked.memory_merge),
         coredump_filter: process::coredump_filter(pid).map_err(fail("its coredump filter"))?,
         membarrier: number(asked.membarrier),
     };

@@ -14,10 +14,10 @@ use crate::error::Result;
 const TERMIOS: usize = 36;
 
 /// Consoles, /dev/tty and pseudo terminals (Documentation/admin-guide/devices.txt); a pseudo terminal
-/// master is none.
+/// master is none, and a serial line leads somewhere else.
 pub(crate) fn is_terminal(device: u64) -> bool {
     let (major, minor) = (libc::major(device), libc::minor(device));
-    matches!((major, minor), (4, _) | (5, 0 | 1) | (136..=143, _))
+    matches!((major, minor), (4, 0..=63) | (5, 0 | 1) | (136..=143, _))
 }
 
 pub(crate) fn collect(collector: &mut Collector, found: &Found) -> Result<Option<Kind>> {

@@ -3,6 +3,7 @@
 use torpor_image::signal::{AltStack, ThreadSignals};
 use torpor_image::thread::{Rseq, Thread};
 use torpor_image::{Bytes, Pid as ImagePid};
+use torpor_kernel::fds::{self, KcmpType};
 use torpor_kernel::ids::{Pid, RemoteAddr, Tid};
 use torpor_kernel::memory::Memory;
 use torpor_kernel::{process, ptrace, status};
@@ -96,6 +97,13 @@ pub(crate) fn refuse(collector: &mut Collector, stopped: &Stopped) {
     }
     if stopped.status.x86_thread_features.split(|b| *b == b' ').any(|f| f == b"shstk") {
         refuse("the shadow stack", "it cannot be dumped yet", "start the program without it");
+    }
+    let leader = Pid(stopped.status.tgid);
+    for (kind, what) in [(KcmpType::Files, "the descriptor table"), (KcmpType::Fs, "the working directory")] {
+        let own = |order| order != std::cmp::Ordering::Equal;
+        if tid != leader.leader() && fds::kcmp(leader, Pid(tid.0), kind, 0, 0).is_ok_and(own) {
+            refuse(what, "it is not that of the other threads (unshare)", "end the thread before the dump");
+        }
     }
     if !stopped.before.registers.native() {
         refuse("the code", "it is of another word size than torpor's", "use a program of this word size");

@@ -77,6 +77,8 @@ fn state(collector: &mut Collector, found: &Found, diag: &sock_diag::UnixSocket)
             }
             Ok(Some(State::Listening { backlog: diag.wqueue }))
         }
+        // The kernel keeps the peer of a socket whose other end was closed, but without a number.
+        (_, Some(0)) if diag.shutdown & 3 == 3 || diag.kind == libc::SOCK_DGRAM => Ok(Some(State::Orphaned)),
         (_, Some(0)) => match collector.unix_listener_of(diag.inode)? {
             Some(listener) if owns(collector, listener.inode) && diag.wqueue == 0 => {
                 Ok(Some(State::Waiting { listener: listener.inode }))
@@ -92,7 +94,8 @@ fn state(collector: &mut Collector, found: &Found, diag: &sock_diag::UnixSocket)
             if owns(collector, peer) && back == Some(diag.inode) {
                 return Ok(Some(State::Connected { peer }));
             }
-            collector.refuse(found.title(), "its other end belongs to another process", CLOSE_IT);
+            let why = "its other end belongs to another process, or is not connected back";
+            collector.refuse(found.title(), why, CLOSE_IT);
             Ok(None)
         }
         (ESTABLISHED, None) => Ok(Some(State::Orphaned)),
@@ -189,6 +192,12 @@ fn peek_all(
             return Ok(Some(queue));
         }
         queue.push(Bytes(buffer[..got as usize].to_vec()));
+        // A peek ends where the sender's credentials change, if the receiver asked for them.
+        if stream && (got as u32) < diag.rqueue {
+            let why = "what waits in it comes from several senders";
+            collector.refuse(found.title(), why, "try again once the program has received it");
+            return Ok(None);
+        }
         if stream {
             return Ok(Some(queue));
         }

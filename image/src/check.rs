@@ -183,6 +183,11 @@ fn task(image: &Image, task: &Task) -> Result<()> {
                 if offset % PAGE != 0 || offset.checked_add(vma.len()).is_none_or(|e| e > i64::MAX as u64) {
                     return bad(format!("area {:x} maps an impossible part of its file", vma.start));
                 }
+                let object = &image.objects.inodes[id.0 as usize];
+                let beyond = offset + vma.len() > object.size.next_multiple_of(PAGE);
+                if object.is_shared_memory() && (beyond || vma.private()) {
+                    return bad(format!("area {:x} maps more than its shared memory has", vma.start));
+                }
             }
             Mapping::Anonymous { .. } | Mapping::Kernel { .. } => {}
         }

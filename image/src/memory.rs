@@ -23,6 +23,12 @@ pub struct AddressSpace {
     pub dumpable: u32,
     /// prctl(PR_GET_THP_DISABLE)
     pub thp_disabled: u32,
+    /// prctl(PR_GET_MDWE)
+    #[serde(default)]
+    pub mdwe: u32,
+    /// prctl(PR_GET_MEMORY_MERGE)
+    #[serde(default)]
+    pub memory_merge: u32,
     /// /proc/PID/coredump_filter
     pub coredump_filter: Option<u32>,
     /// Registered membarrier commands (MEMBARRIER_CMD_GET_REGISTRATIONS).

@@ -17,6 +17,8 @@ use crate::{Error, Result, check};
 /// No body is ever this large: metadata is kilobytes, an index 32 bytes for each run of pages.
 const MAX_BODY: u64 = 1 << 30;
 const O_NOFOLLOW: i32 = libc_o_nofollow();
+/// `O_NONBLOCK` of all architectures of Linux that Torpor knows (asm-generic/fcntl.h).
+const O_NONBLOCK: i32 = 0o4000;
 
 /// An image that was read and whose cross references hold. Contents of data files are not read yet.
 #[derive(Debug)]
@@ -149,10 +151,11 @@ fn check_sum(file: &ImageFile, crc: u32) -> Result<()> {
 
 fn open(dir: &Path, name: &str) -> Result<File> {
     let path = dir.join(name);
-    // An image may be hostile: a link in it must not make a privileged reader open something else.
+    // An image may be hostile: a link in it must not make a privileged reader open something else, nor a FIFO
+    // make it wait.
     File::options()
         .read(true)
-        .custom_flags(O_NOFOLLOW)
+        .custom_flags(O_NOFOLLOW | O_NONBLOCK)
         .open(&path)
         .map_err(Error::file("open", path))
 }

@@ -18,6 +18,10 @@ pub struct Host {
     pub vdso: Bytes,
     /// Vector state components the kernel has enabled.
     pub xstate_features: u64,
+    /// Bytes of the vector state of a thread.
+    pub xstate_size: usize,
+    /// Identity of the boot (/proc/sys/kernel/random/boot_id).
+    pub boot: String,
     /// Limits new tasks begin with, soft and hard.
     pub limits: Vec<(u64, u64)>,
     /// Credentials new tasks begin with.
@@ -69,6 +73,11 @@ impl Host {
                 .collect(),
             vdso: vdso.into(),
             xstate_features: arch::cpu::xstate_features(),
+            xstate_size: arch::cpu::xstate_size(),
+            boot: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+                .unwrap_or_default()
+                .trim()
+                .to_owned(),
             limits: process::limits(this).map_err(fail())?.to_vec(),
             credentials: Credentials {
                 uids: status.uids,

@@ -36,7 +36,12 @@ pub(crate) fn open(opener: &mut Opener<'_>, what: &str, id: InodeId, flags: u32)
     if !opener.inodes.contains_key(&id) {
         let made = make(opener, what, inode)?;
         fill(opener, what, &made, inode, content)?;
-        opener.inodes.insert(id, made);
+        // Kept open for reading only: a program file must not be open for writing. Seals want it to be.
+        let kept = match inode.source {
+            Source::Deleted { .. } => reopen(what, &made, libc::O_RDONLY as u32)?,
+            _ => made,
+        };
+        opener.inodes.insert(id, kept);
     }
     reopen(what, &opener.inodes[&id], flags)
 }
@@ -72,8 +77,10 @@ fn by_path(opener: &Opener<'_>, what: &str, inode: &Inode, path: &Bytes, flags: 
         }
     }
     let flags = flags as i32 & !(libc::O_ASYNC | libc::O_NOFOLLOW | libc::O_CREAT | libc::O_TRUNC | libc::O_EXCL);
+    // Nothing here may wait for another process; the flag is set right afterwards.
+    let wait = if regular || flags & libc::O_PATH != 0 { 0 } else { libc::O_NONBLOCK };
     // SAFETY: the path ends with a zero.
-    let fd = unsafe { libc::open(name.as_ptr(), flags | libc::O_CLOEXEC | libc::O_NOCTTY) };
+    let fd = unsafe { libc::open(name.as_ptr(), flags | wait | libc::O_CLOEXEC | libc::O_NOCTTY) };
     if fd < 0 {
         return Err(match Errno::last() {
             errno @ (Errno::EACCES | Errno::EPERM) => Error::Permission {

@@ -293,6 +293,22 @@ fn fits(planner: &mut Planner<'_>, task: &Task) -> Result<()> {
             "restore it on a machine with these features",
         );
     }
+    if let Some(thread) = task.threads.iter().find(|t| t.xstate.len() != host.xstate_size) {
+        return unfit(
+            format!(
+                "its threads have {} bytes of vector state, those of this processor {}",
+                thread.xstate.len(),
+                host.xstate_size
+            ),
+            "restore it on a machine of the same kind",
+        );
+    }
+    if image.manifest.host.boot != host.boot {
+        planner.note(format!(
+            "{}: the machine is another one or was started anew: CLOCK_MONOTONIC has jumped",
+            task.title()
+        ));
+    }
     if let Some(why) = vma::kernel_mismatch(image, host, task) {
         return unfit(
             format!("{why}; the image was taken under Linux {}", image.manifest.host.kernel),
@@ -434,7 +450,7 @@ impl fmt::Display for Plan {
                     }
                 }
             }
-            writeln!(f, "  outside: registers and signal masks, unmapping the executor")?;
+            writeln!(f, "  outside: unmapping the executor, registers and signal masks")?;
         }
         Ok(())
     }

@@ -324,6 +324,10 @@ impl Building<'_> {
             // SAFETY: kill takes numbers only. The threads take the signal once they are let go.
             unsafe { libc::kill(pid, libc::SIGSTOP) };
         }
+        // Should we die between two of these, those already let go must not be killed with the others.
+        for tid in &self.traced {
+            let _gone = ptrace::set_options(*tid, 0);
+        }
         for tid in &self.traced {
             // One that was killed meanwhile needs no letting go.
             let _gone = ptrace::detach(*tid, 0);

@@ -15,6 +15,8 @@ const MM_MAP: usize = 104;
 const MM_AUXV: u32 = 88;
 const MM_AUXV_SIZE: usize = 96;
 const MM_EXE_FD: u32 = 100;
+const PR_SET_MDWE: u64 = 65;
+const PR_SET_MEMORY_MERGE: u64 = 67;
 const PR_SET_DUMPABLE: u64 = 4;
 const PR_SET_CHILD_SUBREAPER: u64 = 36;
 const PR_SET_THP_DISABLE: u64 = 41;
@@ -138,6 +140,14 @@ pub(crate) fn last(script: &mut Script, planner: &mut Planner<'_>, task: &Task, 
     if task.memory.dumpable < 2 {
         let args = [n(PR_SET_DUMPABLE), n(u64::from(task.memory.dumpable))];
         script.call("the dumpable attribute", libc::SYS_prctl, &args);
+    }
+    if task.memory.memory_merge != 0 {
+        let args = [n(PR_SET_MEMORY_MERGE), n(u64::from(task.memory.memory_merge)), n(0), n(0), n(0)];
+        script.call("the page merging attribute", libc::SYS_prctl, &args);
+    }
+    if task.memory.mdwe != 0 {
+        let args = [n(PR_SET_MDWE), n(u64::from(task.memory.mdwe)), n(0), n(0), n(0)];
+        script.call("the write-xor-execute attribute", libc::SYS_prctl, &args);
     }
     let mut signal = task.leader().parent_death_signal;
     if signal != 0 && detach {

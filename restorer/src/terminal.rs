@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use torpor_image::DescriptionId;
 use torpor_image::terminal::Terminal;
 
@@ -31,7 +32,12 @@ pub(crate) fn open(
 
 /// Sets a terminal up as it was at the dump: done last, when nothing can fail any more.
 pub(crate) fn set_up(fd: i32, termios: &[u8]) {
-    // SAFETY: TCSETS reads a kernel `struct termios`, whose length the image was written with. As a process
-    // in the background we would be stopped by SIGTTOU, which is blocked for the whole restore.
+    // A process in the background would be stopped for this (SIGTTOU, termios(3)).
+    let stop = SigSet::from(Signal::SIGTTOU);
+    let before = stop.thread_swap_mask(SigmaskHow::SIG_BLOCK);
+    // SAFETY: TCSETS reads a kernel `struct termios`, whose length was checked when the image was read.
     unsafe { libc::ioctl(fd, libc::TCSETS, termios.as_ptr()) };
+    if let Ok(before) = before {
+        let _cannot_fail = before.thread_set_mask();
+    }
 }

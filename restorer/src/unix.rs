@@ -276,11 +276,15 @@ fn in_directory<T: Send>(
         return call();
     };
     let name = name.path();
+    let root = image.tasks.first().map_or(Path::new("/"), |t| t.root.path());
     let dir = if name.is_absolute() { None } else { directory_of(file.path.path(), name) };
     std::thread::scope(|scope| {
         let worker = scope.spawn(move || {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
             nix::sys::stat::umask(nix::sys::stat::Mode::empty());
+            if name.is_absolute() && root != Path::new("/") {
+                nix::unistd::chroot(root)?;
+            }
             if let Some(dir) = dir {
                 nix::unistd::chdir(&dir)?;
             }

@@ -39,7 +39,8 @@ pub fn is_root() -> bool {
 
 /// The root of the workspace.
 pub fn workspace() -> PathBuf {
-    let dir = std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    let dir = std::env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
     dir.parent().map_or(dir.clone(), Path::to_path_buf)
 }
 
@@ -64,7 +65,17 @@ pub fn torpor() -> &'static Path {
         };
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let status = Command::new(cargo)
-            .args(["build", "--quiet", "-p", "torpor", "--bin", "torpor", "--profile", profile, "--target-dir"])
+            .args([
+                "build",
+                "--quiet",
+                "-p",
+                "torpor",
+                "--bin",
+                "torpor",
+                "--profile",
+                profile,
+                "--target-dir",
+            ])
             .arg(target.parent().expect("a profile lies in the target directory"))
             .current_dir(workspace())
             .status()
@@ -261,7 +272,8 @@ impl Victim {
     /// do so after any stop (signal(7)).
     pub fn interrupted(&self) -> Vec<String> {
         let text = fs::read_to_string(self.log()).unwrap_or_default();
-        let mut all: Vec<String> = text.lines().filter_map(|l| l.strip_prefix("EINTR ")).map(str::to_owned).collect();
+        let mut all: Vec<String> =
+            text.lines().filter_map(|l| l.strip_prefix("EINTR ")).map(str::to_owned).collect();
         all.sort();
         all.dedup();
         all
@@ -303,7 +315,13 @@ impl Victim {
         // SAFETY: `status` is a valid place; with WNOWAIT nothing is reaped that drop would miss.
         unsafe {
             let mut info: libc::siginfo_t = std::mem::zeroed();
-            if libc::waitid(libc::P_PID, self.pid as u32, &raw mut info, libc::WEXITED | libc::WNOHANG | libc::WNOWAIT) == 0 {
+            if libc::waitid(
+                libc::P_PID,
+                self.pid as u32,
+                &raw mut info,
+                libc::WEXITED | libc::WNOHANG | libc::WNOWAIT,
+            ) == 0
+            {
                 status = info.si_status();
                 return format!("si_code {} status {status} ", info.si_code);
             }
@@ -328,7 +346,8 @@ impl Victim {
         loop {
             let said = run_torpor(&args)?;
             // What a victim does to look at itself may be refused; it does so for a moment only.
-            let passing = ["files of /proc", "tcp socket", "is connected to"].iter().any(|w| said.text.contains(w));
+            let passing =
+                ["files of /proc", "tcp socket", "is connected to"].iter().any(|w| said.text.contains(w));
             if said.code() == 5 && passing && tries < 10 {
                 tries += 1;
                 self.ticks(1)?;
@@ -360,7 +379,12 @@ impl Victim {
                 self.alive = false;
                 return Ok(());
             }
-            ensure!(Instant::now() < deadline, "pid {} is still there after its dump:\n{}", self.pid, threads_of(self.pid));
+            ensure!(
+                Instant::now() < deadline,
+                "pid {} is still there after its dump:\n{}",
+                self.pid,
+                threads_of(self.pid)
+            );
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -434,9 +458,17 @@ pub fn threads_of(pid: i32) -> String {
         let status = read("status");
         let fields: Vec<_> = status
             .lines()
-            .filter(|l| ["Name", "State", "TracerPid", "SigPnd", "ShdPnd", "SigBlk"].iter().any(|k| l.starts_with(k)))
+            .filter(|l| {
+                ["Name", "State", "TracerPid", "SigPnd", "ShdPnd", "SigBlk"].iter().any(|k| l.starts_with(k))
+            })
             .collect();
-        let _ = writeln!(out, "  {tid}: {} | syscall {} | {}", fields.join(" "), read("syscall").trim(), read("wchan"));
+        let _ = writeln!(
+            out,
+            "  {tid}: {} | syscall {} | {}",
+            fields.join(" "),
+            read("syscall").trim(),
+            read("wchan")
+        );
     }
     out
 }
@@ -489,17 +521,48 @@ pub fn picture(pid: i32) -> BTreeMap<String, Vec<String>> {
 pub fn light_picture(pid: i32) -> BTreeMap<String, Vec<String>> {
     let mut all = BTreeMap::new();
     all.insert("maps".to_owned(), lines(pid, "maps", &[]));
-    all.insert("fds".to_owned(), descriptors(pid).into_iter().map(|(fd, link)| format!("{fd} {link}")).collect());
+    all.insert(
+        "fds".to_owned(),
+        descriptors(pid).into_iter().map(|(fd, link)| format!("{fd} {link}")).collect(),
+    );
     let keys = [
-        "Name", "Umask", "Tgid", "PPid", "TracerPid", "Uid", "Gid", "FDSize", "Groups", "VmLck", "VmPin", "VmData", "VmStk",
-        "VmExe", "VmLib", "CoreDumping", "Threads", "SigQ", "SigIgn", "SigCgt", "CapInh", "CapPrm", "CapEff", "CapBnd",
-        "CapAmb", "NoNewPrivs", "Seccomp", "Cpus_allowed",
+        "Name",
+        "Umask",
+        "Tgid",
+        "PPid",
+        "TracerPid",
+        "Uid",
+        "Gid",
+        "FDSize",
+        "Groups",
+        "VmLck",
+        "VmPin",
+        "VmData",
+        "VmStk",
+        "VmExe",
+        "VmLib",
+        "CoreDumping",
+        "Threads",
+        "SigQ",
+        "SigIgn",
+        "SigCgt",
+        "CapInh",
+        "CapPrm",
+        "CapEff",
+        "CapBnd",
+        "CapAmb",
+        "NoNewPrivs",
+        "Seccomp",
+        "Cpus_allowed",
     ];
     // Pending signals of a process that works come and go.
     let keys: Vec<&str> = keys.into_iter().filter(|k| *k != "SigQ").collect();
     all.insert("status".into(), lines(pid, "status", &keys));
     for tid in tids(pid) {
-        all.insert(format!("task/{tid}"), lines(pid, &format!("task/{tid}/status"), &["Name", "TracerPid", "SigBlk", "Cpus_allowed"]));
+        all.insert(
+            format!("task/{tid}"),
+            lines(pid, &format!("task/{tid}/status"), &["Name", "TracerPid", "SigBlk", "Cpus_allowed"]),
+        );
     }
     all
 }
@@ -518,7 +581,10 @@ pub fn descriptors(pid: i32) -> BTreeMap<i32, String> {
 }
 
 /// What differs between two pictures, in words.
-pub fn difference(before: &BTreeMap<String, Vec<String>>, after: &BTreeMap<String, Vec<String>>) -> Option<String> {
+pub fn difference(
+    before: &BTreeMap<String, Vec<String>>,
+    after: &BTreeMap<String, Vec<String>>,
+) -> Option<String> {
     let mut out = String::new();
     for key in before.keys().chain(after.keys().filter(|k| !before.contains_key(*k))) {
         let empty = Vec::new();

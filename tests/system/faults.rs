@@ -54,7 +54,11 @@ pub(crate) fn trials() -> Vec<Trial> {
 }
 
 /// Runs a dump that must fail, and looks whether the victim noticed.
-fn refused(victim: &mut Victim, code: i32, dump: impl FnOnce(&str, &Path) -> Outcome<Said>) -> Outcome<String> {
+fn refused(
+    victim: &mut Victim,
+    code: i32,
+    dump: impl FnOnce(&str, &Path) -> Outcome<Said>,
+) -> Outcome<String> {
     let before = light_picture(victim.pid);
     let image = victim.image();
     let text = dump(&victim.pid.to_string(), &image)?.expect(code)?;
@@ -101,7 +105,10 @@ fn other_user() -> Outcome {
     fs::copy(torpor(), &program).map_err(|e| e.to_string())?;
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).map_err(|e| e.to_string())?;
     let as_user = |args: &[&str]| {
-        run(Command::new("setpriv").args(["--reuid=1000", "--regid=1000", "--clear-groups"]).arg(&program).args(args))
+        run(Command::new("setpriv")
+            .args(["--reuid=1000", "--regid=1000", "--clear-groups"])
+            .arg(&program)
+            .args(args))
     };
     refused(&mut victim, PERMISSION, |pid, image| as_user(&["dump", pid, image.to_str().ok_or("a path")?]))?;
     let image = victim.dump()?;
@@ -159,7 +166,12 @@ fn churn(args: &[&str]) -> Outcome {
     let mut good = 0;
     for round in 0..25 {
         let image = victim.image();
-        let said = run_torpor(&["dump", "--leave-running", &victim.pid.to_string(), image.to_str().ok_or("a path")?])?;
+        let said = run_torpor(&[
+            "dump",
+            "--leave-running",
+            &victim.pid.to_string(),
+            image.to_str().ok_or("a path")?,
+        ])?;
         let at = |e: String| format!("dump {round}: {e}");
         match said.code() {
             0 => good += 1,
@@ -188,7 +200,12 @@ fn ending() -> Outcome {
             .stderr(Stdio::null())
             .spawn()
             .map_err(|e| e.to_string())?;
-        let said = run_torpor(&["dump", "--leave-running", &child.id().to_string(), image.to_str().ok_or("a path")?])?;
+        let said = run_torpor(&[
+            "dump",
+            "--leave-running",
+            &child.id().to_string(),
+            image.to_str().ok_or("a path")?,
+        ])?;
         child.wait().map_err(|e| e.to_string())?;
         let code = said.code();
         ensure!(matches!(code, 0 | NO_PROCESS | REFUSED), "after {n} ms: exit code {code}: {}", said.text);
@@ -204,7 +221,8 @@ fn no_directory() -> Outcome {
     fs::write(&file, "kept").map_err(|e| e.to_string())?;
     let missing = victim.dir.path().join("missing/image");
     for dir in [&file, &missing, Path::new("/proc/torpor-test")] {
-        refused(&mut victim, OUTPUT, |pid, _| dump(pid, dir)).map_err(|e| format!("{}: {e}", dir.display()))?;
+        refused(&mut victim, OUTPUT, |pid, _| dump(pid, dir))
+            .map_err(|e| format!("{}: {e}", dir.display()))?;
     }
     ensure!(fs::read_to_string(&file).is_ok_and(|t| t == "kept"), "the file changed");
     Ok(())
@@ -238,7 +256,8 @@ fn disk_full() -> Outcome {
     let result = (|| {
         for dir in [disk.join("image"), disk.clone()] {
             refused(&mut victim, OUTPUT, |pid, _| dump(pid, &dir))?;
-            let left: Vec<_> = fs::read_dir(&disk).map_err(|e| e.to_string())?.flatten().map(|e| e.path()).collect();
+            let left: Vec<_> =
+                fs::read_dir(&disk).map_err(|e| e.to_string())?.flatten().map(|e| e.path()).collect();
             ensure!(left.is_empty(), "it left {left:?}");
         }
         Ok(())
@@ -307,10 +326,12 @@ fn truncated() -> Outcome {
     for name in files(&image)? {
         for keep in [0, 10, 39, 50, 4096, usize::MAX] {
             let copy = spoilt(&image, &name, |b| b.truncate(keep.min(b.len() - 1)))?;
-            unreadable(&victim, copy.path(), ALL, DAMAGED).map_err(|e| format!("{name} cut to {keep}: {e}"))?;
+            unreadable(&victim, copy.path(), ALL, DAMAGED)
+                .map_err(|e| format!("{name} cut to {keep}: {e}"))?;
         }
         let copy = spoilt(&image, &name, |b| b.push(0))?;
-        unreadable(&victim, copy.path(), ALL, DAMAGED).map_err(|e| format!("{name} with a byte more: {e}"))?;
+        unreadable(&victim, copy.path(), ALL, DAMAGED)
+            .map_err(|e| format!("{name} with a byte more: {e}"))?;
         let copy = spoilt(&image, &name, |_| ())?;
         fs::remove_file(copy.path().join(&name)).map_err(|e| e.to_string())?;
         unreadable(&victim, copy.path(), ALL, DAMAGED).map_err(|e| format!("without {name}: {e}"))?;
@@ -327,7 +348,8 @@ fn flipped() -> Outcome {
             let copy = spoilt(&image, &name, |b| b[at] ^= 1 << (part % 8))?;
             // What is in data files is checked by `verify` only.
             let commands = if name.ends_with(".dat") { &ALL[..1] } else { ALL };
-            unreadable(&victim, copy.path(), commands, DAMAGED).map_err(|e| format!("{name} at {at}: {e}"))?;
+            unreadable(&victim, copy.path(), commands, DAMAGED)
+                .map_err(|e| format!("{name} at {at}: {e}"))?;
         }
     }
     Ok(())
@@ -449,12 +471,21 @@ fn pid_taken() -> Outcome {
     let image = victim.dump_with(&["--leave-running"])?;
     let before = light_picture(victim.pid);
     let text = run_torpor(&["restore", "--detach", image.to_str().ok_or("a path")?])?.expect(CONFLICT)?;
-    ensure!(text.contains(&victim.pid.to_string()) && text.contains("ticker"), "it does not name the holder: {text}");
+    ensure!(
+        text.contains(&victim.pid.to_string()) && text.contains("ticker"),
+        "it does not name the holder: {text}"
+    );
     healthy(&victim, &before)
 }
 
 fn usage() -> Outcome {
-    for args in [&[][..], &["dump"], &["dump", "x", "y"], &["dump", "--leave-running", "--leave-stopped", "1", "y"], &["nonsense"]] {
+    for args in [
+        &[][..],
+        &["dump"],
+        &["dump", "x", "y"],
+        &["dump", "--leave-running", "--leave-stopped", "1", "y"],
+        &["nonsense"],
+    ] {
         let said = run(&mut torpor_command(args))?;
         let code = said.code();
         ensure!(code == 2, "{args:?}: exit code {code}: {}", said.text);

@@ -45,7 +45,10 @@ pub(crate) fn trials() -> Vec<Trial> {
         Trial::test("left running: everything in /proc is as before", || Ok(still()?)),
         Trial::test("an image is restored twice, and not written to", || Ok(twice()?)),
         Trial::test("show, verify and check tell of a real process", || Ok(tools()?)),
-        Trial::test("an attached restore passes signals on and exits as its program does", || Ok(attached()?)),
+        Trial::test(
+            "an attached restore passes signals on and exits as its program does",
+            || Ok(attached()?),
+        ),
     ]);
     trials
 }
@@ -84,7 +87,11 @@ fn calls(dumps_before: u32) -> Outcome {
     victim.cycles(4)?;
     let calls: Vec<_> =
         victim.interrupted().into_iter().filter(|c| c != "epoll_wait" && c != "sigtimedwait").collect();
-    ensure!(calls.is_empty(), "these calls failed with EINTR, and nobody sent a signal: {}", calls.join(", "));
+    ensure!(
+        calls.is_empty(),
+        "these calls failed with EINTR, and nobody sent a signal: {}",
+        calls.join(", ")
+    );
     Ok(())
 }
 
@@ -154,7 +161,11 @@ fn still() -> Outcome {
         // Numbers that only the kernel gives: inodes in links and fdinfo, sizes of tables.
         all.retain(|k, _| !k.starts_with("fdinfo/"));
         for line in all.get_mut("status").into_iter().flatten() {
-            if line.starts_with("FDSize") || line.starts_with("PPid") || line.starts_with("VmData") || line.starts_with("VmStk") {
+            if line.starts_with("FDSize")
+                || line.starts_with("PPid")
+                || line.starts_with("VmData")
+                || line.starts_with("VmStk")
+            {
                 line.clear();
             }
         }
@@ -180,7 +191,10 @@ fn twice() -> Outcome {
     let mut victim = Victim::start("kitchen", &[])?;
     let image = victim.dump()?;
     let list = |dir: &std::path::Path| -> Outcome<Vec<String>> {
-        let said = run(std::process::Command::new("sh").arg("-c").arg("ls -ln --time-style=full-iso; cksum *").current_dir(dir))?;
+        let said = run(std::process::Command::new("sh")
+            .arg("-c")
+            .arg("ls -ln --time-style=full-iso; cksum *")
+            .current_dir(dir))?;
         Ok(said.text.lines().map(str::to_owned).collect())
     };
     let before = list(&image)?;
@@ -199,8 +213,8 @@ fn tools() -> Outcome {
     let pid = victim.pid.to_string();
     run_torpor(&["check"])?.expect(0)?;
     run_torpor(&["check", &pid])?.expect(0)?;
-    let json: serde_json::Value =
-        serde_json::from_str(&run_torpor(&["check", "--json", &pid])?.expect(0)?).map_err(|e| e.to_string())?;
+    let json: serde_json::Value = serde_json::from_str(&run_torpor(&["check", "--json", &pid])?.expect(0)?)
+        .map_err(|e| e.to_string())?;
     ensure!(json.is_object(), "check --json: {json}");
     let image = victim.dump()?;
     let image = image.to_str().ok_or("a path")?;
@@ -209,8 +223,8 @@ fn tools() -> Outcome {
     for word in ["k-0", "k-5", "eventfd", "pipe", &pid] {
         ensure!(text.contains(word), "show does not tell of {word}:\n{text}");
     }
-    let json: serde_json::Value =
-        serde_json::from_str(&run_torpor(&["show", "--json", image])?.expect(0)?).map_err(|e| e.to_string())?;
+    let json: serde_json::Value = serde_json::from_str(&run_torpor(&["show", "--json", image])?.expect(0)?)
+        .map_err(|e| e.to_string())?;
     ensure!(json["tasks"][0]["threads"].as_array().is_some_and(|t| t.len() == 7), "show --json: {json}");
     let plan = run_torpor(&["restore", "--plan", image])?.expect(0)?;
     ensure!(plan.contains("kitchen") || plan.contains(&pid), "the plan:\n{plan}");

@@ -26,14 +26,19 @@ impl Pty {
         let (mut master, mut slave) = (0, 0);
         let null = std::ptr::null_mut();
         // SAFETY: two places for numbers; the rest may be null.
-        let result = unsafe { libc::openpty(&raw mut master, &raw mut slave, null, null.cast(), null.cast()) };
+        let result =
+            unsafe { libc::openpty(&raw mut master, &raw mut slave, null, null.cast(), null.cast()) };
         ensure!(result == 0, "openpty: {}", std::io::Error::last_os_error());
         // SAFETY: both are open and ours. The master must not block nor be inherited.
         unsafe {
             libc::fcntl(master, libc::F_SETFL, libc::O_NONBLOCK);
             libc::fcntl(master, libc::F_SETFD, libc::FD_CLOEXEC);
             libc::fcntl(slave, libc::F_SETFD, libc::FD_CLOEXEC);
-            Ok(Pty { master: File::from_raw_fd(master), slave: OwnedFd::from_raw_fd(slave), seen: String::new() })
+            Ok(Pty {
+                master: File::from_raw_fd(master),
+                slave: OwnedFd::from_raw_fd(slave),
+                seen: String::new(),
+            })
         }
     }
 

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Trial};
 use torpor_tests::{
-    Outcome, PATIENCE, Victim, build, difference, ensure, is_root, light_picture, state, threads_of, torpor, torpor_command,
-    victim, workspace,
+    Outcome, PATIENCE, Victim, build, difference, ensure, is_root, light_picture, state, threads_of, torpor,
+    torpor_command, victim, workspace,
 };
 
 /// How long the process may take until it is as before.
@@ -23,10 +23,13 @@ fn main() {
     let mut arguments = Arguments::from_args();
     // Each measures time.
     arguments.test_threads = Some(1);
-    let mut trials = vec![Trial::test("killed dumps of a busy process", || Ok(torture(&victim("kitchen")?)?))];
+    let mut trials =
+        vec![Trial::test("killed dumps of a busy process", || Ok(torture(&victim("kitchen")?)?))];
     let shared = workspace().join("../shared/acceptance/src/kitchen.c");
     if shared.exists() {
-        trials.push(Trial::test("killed dumps of the acceptance kitchen", move || Ok(torture(&build(&shared)?)?)));
+        trials.push(Trial::test("killed dumps of the acceptance kitchen", move || {
+            Ok(torture(&build(&shared)?)?)
+        }));
     }
     trials.push(Trial::test("killed dumps of spinning threads", || {
         Ok(torture_with(&victim("registers")?, number("TORTURE_ROUNDS", 40) / 4 + 1)?)
@@ -85,8 +88,12 @@ fn torture_with(program: &Path, rounds: u64) -> Outcome {
         "{name}: {killed} dumps killed within 1.3 times {duration:?}, {finished} were through by then; \
          {harms} harmed; slowest recovery {worst:?}; seed {seed}"
     );
-    let interrupted: Vec<_> =
-        subject.victim.interrupted().into_iter().filter(|c| c != "epoll_wait" && c != "sigtimedwait").collect();
+    let interrupted: Vec<_> = subject
+        .victim
+        .interrupted()
+        .into_iter()
+        .filter(|c| c != "epoll_wait" && c != "sigtimedwait")
+        .collect();
     ensure!(interrupted.is_empty(), "these calls failed with EINTR: {interrupted:?}");
     ensure!(harms == 0, "{harms} of {rounds} rounds harmed it (seed {seed}):\n{harmed}");
     // The next dump clears away what the killed ones left, and its image works.
@@ -209,7 +216,8 @@ impl Subject {
             .collect();
         ensure!(around.is_empty(), "left beside the image: {around:?}");
         // Orphans would be children of this process by now.
-        let mine = fs::read_to_string(format!("/proc/self/task/{}/children", std::process::id())).unwrap_or_default();
+        let mine = fs::read_to_string(format!("/proc/self/task/{}/children", std::process::id()))
+            .unwrap_or_default();
         for pid in mine.split_whitespace().filter_map(|p| p.parse::<i32>().ok()) {
             let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
             ensure!(exe != torpor(), "a torpor process is left: {pid}");

@@ -14,6 +14,11 @@ pub fn component_names(mask: u64) -> impl Iterator<Item = &'static str> {
     NAMES.iter().enumerate().filter(move |(i, _)| mask & (1 << i) != 0).map(|(_, name)| *name)
 }
 
+/// Bytes of the vector state as ptrace gives and takes it: `struct user_fpsimd_state`.
+pub fn xstate_size() -> usize {
+    528
+}
+
 /// The thread pointer of the calling thread.
 #[cfg(target_arch = "aarch64")]
 pub fn thread_pointer() -> u64 {

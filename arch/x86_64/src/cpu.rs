@@ -17,6 +17,12 @@ pub fn xstate_features() -> u64 {
     u64::from(high) << 32 | u64::from(low)
 }
 
+/// Bytes of the vector state as ptrace gives and takes it, all enabled components in place.
+pub fn xstate_size() -> usize {
+    // CPUID.(EAX=0DH, ECX=0):EBX, the size for what XCR0 enables.
+    if __cpuid(1).ecx & (1 << 27) == 0 { 512 } else { core::arch::x86_64::__cpuid_count(0xd, 0).ebx as usize }
+}
+
 /// The thread pointer of the calling thread: its thread control block, whose first word points to itself.
 pub fn thread_pointer() -> u64 {
     let pointer: u64;
