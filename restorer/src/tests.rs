@@ -24,7 +24,7 @@ use torpor_image::{Bytes, DescriptionId, Image, InodeId, Pid, PipeId};
 use torpor_parasite::script::{Script, Value};
 
 use crate::host::Host;
-use crate::plan::{Options, Plan, plan};
+use crate::plan::{Open, Options, Plan, plan};
 
 /// A machine without privileges to spare.
 pub(crate) fn host() -> Host {
@@ -339,20 +339,26 @@ fn number(value: Value) -> Option<u64> {
 /// What must hold of every plan.
 fn holds(image: &Image, plan: &Plan) {
     let task = &image.tasks[0];
+    let opens = &plan.opens;
     let plan = &plan.tasks[0];
     let script = |name: &str| &plan.phases.iter().find(|p| p.name == name).expect("a phase").script;
-    // Every number is made once, by dup3, and read before it is written: sources lie above all numbers.
+    // Every number gets its description, by dup3 from above all numbers: no move reads what it has written.
+    // A set that watches a number used for something else by now borrows it in between.
     let mut made = BTreeMap::new();
     let descriptors = script("descriptors");
     for args in calls(descriptors, libc::SYS_dup3) {
-        *made.entry(number(args[1]).expect("a number")).or_insert(0u32) += 1;
         let Value::Result(source) = args[0] else { panic!("dup3 of {:?}", args[0]) };
         let source = &descriptors.steps()[source.0 as usize];
         assert_eq!(source.nr, libc::SYS_fcntl);
         let least = number(source.args[2]).expect("a number");
         assert!(task.descriptors.iter().all(|d| (d.fd as u64) < least), "a move reads what it has written");
+        let Value::Descriptor(slot) = source.args[0] else { panic!("fcntl of {:?}", source.args[0]) };
+        let Open::Description(id) = opens[slot as usize] else { panic!("slot {slot} is no description") };
+        made.insert(number(args[1]).expect("a number"), id);
     }
-    let wanted: BTreeMap<u64, u32> = task.descriptors.iter().map(|d| (d.fd as u64, 1)).collect();
+    let wanted: BTreeMap<u64, DescriptionId> =
+        task.descriptors.iter().map(|d| (d.fd as u64, d.description)).collect();
+    made.retain(|fd, _| wanted.contains_key(fd));
     assert_eq!(made, wanted);
     // Nothing is mapped over the executor, which lies apart from all that is there.
     let own = (plan.park, plan.arena + plan.arena_length);
