@@ -170,14 +170,18 @@ fn kind(collector: &mut Collector, all: &[Found], found: &Found) -> Result<Optio
     };
     if let Some(class) = found.link.strip_prefix(b"anon_inode:") {
         return match &found.info.detail {
-            Detail::Eventfd { count, semaphore, .. } => eventfd::collect(collector, found, *count, *semaphore),
+            Detail::Eventfd { count, semaphore, .. } => {
+                eventfd::collect(collector, found, *count, *semaphore)
+            }
             Detail::Timerfd(timer) => Ok(Some(timerfd::collect(timer))),
             Detail::Signalfd { mask } => Ok(Some(signalfd::collect(*mask))),
             Detail::Epoll(_) => Ok(Some(epoll::collect())),
             Detail::Inotify(watches) => inotify::collect(collector, found, watches),
             _ if class == b"inotify" => inotify::collect(collector, found, &[]),
             _ if class == b"[eventpoll]" => Ok(Some(epoll::collect())),
-            _ => unsupported(collector, &format!("a descriptor of kind `{}`", String::from_utf8_lossy(class))),
+            _ => {
+                unsupported(collector, &format!("a descriptor of kind `{}`", String::from_utf8_lossy(class)))
+            }
         };
     }
     match found.file_type() {
@@ -185,7 +189,9 @@ fn kind(collector: &mut Collector, all: &[Found], found: &Found) -> Result<Optio
         SFlag::S_IFIFO => pipe::collect(collector, all, found),
         SFlag::S_IFCHR if terminal::is_terminal(found.stat.st_rdev) => terminal::collect(collector, found),
         SFlag::S_IFREG | SFlag::S_IFDIR => inode::of_descriptor(collector, found),
-        SFlag::S_IFCHR if inode::is_plain_device(found.stat.st_rdev) => inode::of_descriptor(collector, found),
+        SFlag::S_IFCHR if inode::is_plain_device(found.stat.st_rdev) => {
+            inode::of_descriptor(collector, found)
+        }
         SFlag::S_IFCHR => unsupported(collector, "a character device other than null, zero, full and random"),
         SFlag::S_IFBLK => unsupported(collector, "a block device"),
         _ => unsupported(collector, "a descriptor of this kind"),
@@ -199,12 +205,18 @@ fn socket(collector: &mut Collector, found: &Found) -> Result<Option<Kind>> {
         (option(libc::SO_DOMAIN), option(libc::SO_TYPE), option(libc::SO_PROTOCOL));
     match (domain, kind, protocol) {
         (Some(libc::AF_UNIX), ..) => unix::collect(collector, found, &fd),
-        (Some(family @ (libc::AF_INET | libc::AF_INET6)), Some(libc::SOCK_STREAM), Some(libc::IPPROTO_TCP)) => {
-            inet::collect(collector, found, &fd, family)
-        }
+        (
+            Some(family @ (libc::AF_INET | libc::AF_INET6)),
+            Some(libc::SOCK_STREAM),
+            Some(libc::IPPROTO_TCP),
+        ) => inet::collect(collector, found, &fd, family),
         (domain, kind, protocol) => {
             let what = crate::socket::name(domain, kind, protocol);
-            collector.refuse(found.title(), format!("{what} cannot be dumped yet"), "close it before the dump");
+            collector.refuse(
+                found.title(),
+                format!("{what} cannot be dumped yet"),
+                "close it before the dump",
+            );
             Ok(None)
         }
     }
@@ -217,7 +229,11 @@ fn flock(collector: &mut Collector, found: &Found) -> Option<Flock> {
             LockKind::Flock => held = Some(Flock::Whole { exclusive: lock.write }),
             LockKind::Posix => {}
             LockKind::Ofd => {
-                collector.refuse(found.title(), "an open-file-description lock cannot be dumped yet", "unlock it");
+                collector.refuse(
+                    found.title(),
+                    "an open-file-description lock cannot be dumped yet",
+                    "unlock it",
+                );
             }
             LockKind::Lease => {
                 collector.refuse(found.title(), "a lease cannot be dumped yet", "give it up (F_UNLCK)");

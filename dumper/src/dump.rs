@@ -4,9 +4,9 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use torpor_image::manifest::{Host, Manifest, Times};
 use torpor_image::Bytes;
 use torpor_image::description::Objects;
+use torpor_image::manifest::{Host, Manifest, Times};
 use torpor_image::task::Task;
 use torpor_image::write::{DataFile, ImageWriter};
 use torpor_kernel::ids::Pid;
@@ -208,10 +208,11 @@ fn capture<'s>(
     let mut collector = Collector::new(pid, false)?;
     let status = status::of_process(pid).map_err(Error::kernel(pid, "reading its status"))?;
     survey::refuse_process(&mut collector, &status)?;
+    // Descriptors first: through them files can be opened that only a privilege opens by their mappings.
+    let table = description::collect(&mut collector)?;
     let maps = vma::read(&collector)?;
     let vmas = vma::collect(&mut collector, &maps)?;
     task::exe(&mut collector)?;
-    let table = description::collect(&mut collector)?;
     // What the survey saw may have changed before the freeze.
     if !collector.refusals.is_empty() {
         return Err(Error::Refused { pid, refusals: collector.refusals });
@@ -298,7 +299,10 @@ fn host(vdso: Bytes) -> Host {
     Host {
         name: text(|u| u.nodename()),
         kernel: text(|u| u.release()),
-        boot: std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned(),
+        boot: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+            .unwrap_or_default()
+            .trim()
+            .to_owned(),
         xstate_features: arch::cpu::xstate_features(),
         vdso,
     }

@@ -302,5 +302,6 @@ impl Drop for Frozen {
 
 /// The name of a process for a message.
 pub(crate) fn name_of(pid: i32) -> String {
-    status::of_process(Pid(pid)).map_or_else(|_| "?".into(), |s| String::from_utf8_lossy(&s.name).into_owned())
+    status::of_process(Pid(pid))
+        .map_or_else(|_| "?".into(), |s| String::from_utf8_lossy(&s.name).into_owned())
 }

@@ -26,7 +26,8 @@ const OVERLAP: usize = 16;
 pub(crate) fn find(pid: Pid, maps: &[Mapping], memory: &Memory) -> Result<Gadgets> {
     let (mut syscall, mut sigreturn) = (None, None);
     // A small library is a quick search, and any libc will do; the large ones come last.
-    let mut code: Vec<&Mapping> = maps.iter().filter(|m| m.exec && m.read && m.path != b"[vsyscall]").collect();
+    let mut code: Vec<&Mapping> =
+        maps.iter().filter(|m| m.exec && m.read && m.path != b"[vsyscall]").collect();
     code.sort_by_key(|m| (!is_libc(&m.path), m.end - m.start));
     let mut buffer = vec![0u8; CHUNK + OVERLAP];
     for mapping in code {
@@ -69,8 +70,5 @@ fn is_libc(path: &[u8]) -> bool {
 }
 
 fn position(haystack: &[u8], patterns: &[&[u8]]) -> Option<usize> {
-    patterns
-        .iter()
-        .filter_map(|pattern| memchr::memmem::find(haystack, pattern))
-        .min()
+    patterns.iter().filter_map(|pattern| memchr::memmem::find(haystack, pattern)).min()
 }

@@ -265,9 +265,7 @@ impl<'a> Infected<'a> {
 
     /// Writes blob, contexts, frames and scripts.
     fn fill(&mut self, scripts: &[Script]) -> Result<()> {
-        self.memory
-            .write_all_at(RemoteAddr(self.base), BLOB)
-            .map_err(self.kernel("writing the executor"))?;
+        self.memory.write_all_at(RemoteAddr(self.base), BLOB).map_err(self.kernel("writing the executor"))?;
         let mut arena = vec![0u8; self.arena_length as usize];
         for (i, (seat, thread)) in self.seats.iter().zip(self.threads).enumerate() {
             let (ops, count) = seat.script.map_or((0, 0), |(placed, count)| (placed.ops, count));
@@ -318,9 +316,7 @@ impl<'a> Infected<'a> {
                 scripts[i].encode(placed, &around, &mut arena);
             }
         }
-        self.memory
-            .write_all_at(RemoteAddr(self.arena), &arena)
-            .map_err(self.kernel("writing the scripts"))
+        self.memory.write_all_at(RemoteAddr(self.arena), &arena).map_err(self.kernel("writing the scripts"))
     }
 
     /// Sends every thread that has a script into the blob and waits for all.

@@ -60,7 +60,11 @@ pub(crate) fn by_path(
         return None;
     }
     if per_process(path) {
-        collector.refuse(title, "files of /proc about one process cannot be dumped yet", "close it before the dump");
+        collector.refuse(
+            title,
+            "files of /proc about one process cannot be dumped yet",
+            "close it before the dump",
+        );
         return None;
     }
     Some(collector.add_inode(stat, Source::Path { path: path.clone() }))
@@ -83,7 +87,11 @@ fn memfd(collector: &mut Collector, found: &Found, name: &Bytes) -> Result<Optio
     let mut fs: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: `fs` is a statfs of ours.
     if unsafe { libc::fstatfs(fd.as_raw_fd(), &raw mut fs) } == 0 && fs.f_type == libc::HUGETLBFS_MAGIC {
-        collector.refuse(found.title(), "a memfd of huge pages cannot be dumped yet", "close it before the dump");
+        collector.refuse(
+            found.title(),
+            "a memfd of huge pages cannot be dumped yet",
+            "close it before the dump",
+        );
         return Ok(None);
     }
     let content = fds::open(collector.pid, found.fd, OFlag::O_RDONLY | OFlag::O_CLOEXEC)

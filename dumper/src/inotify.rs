@@ -7,10 +7,11 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use torpor_image::Bytes;
 use torpor_image::description::Kind;
+use torpor_image::inode::Source;
 use torpor_image::inotify::{Inotify, Watch};
 use torpor_kernel::fdinfo::InotifyWatch;
 use torpor_kernel::ids::Pid;
-use torpor_kernel::{fds, mountinfo};
+use torpor_kernel::{fds, mountinfo, process};
 
 use crate::collect::{Collector, stat_path};
 use crate::description::Found;
@@ -32,14 +33,15 @@ pub(crate) fn collect(
     found: &Found,
     watches: &[InotifyWatch],
 ) -> Result<Option<Kind>> {
-    let mounts = mountinfo::mountinfo(collector.pid)
-        .map_err(Error::kernel(collector.pid, "reading its mounts"))?;
+    let mounts =
+        mountinfo::mountinfo(collector.pid).map_err(Error::kernel(collector.pid, "reading its mounts"))?;
     let mut kept = Vec::with_capacity(watches.len());
     for watch in watches {
         let path = mounts
             .iter()
             .filter(|m| m.dev == (watch.sdev >> 20, watch.sdev & 0xf_ffff))
-            .find_map(|m| open_watched(watch, &m.mount_point));
+            .find_map(|m| open_watched(watch, &m.mount_point))
+            .or_else(|| near_by(collector, watch));
         let Some(path) = path else {
             collector.refuse(
                 found.title(),
@@ -66,7 +68,12 @@ fn open_watched(watch: &InotifyWatch, mount_point: &[u8]) -> Option<Bytes> {
     let mount = std::fs::File::open(Bytes::from(mount_point).path()).ok()?;
     // SAFETY: `raw` is a struct file_handle with room for what its length says.
     let fd = unsafe {
-        libc::syscall(libc::SYS_open_by_handle_at, mount.as_raw_fd(), &raw mut raw, libc::O_PATH | libc::O_CLOEXEC)
+        libc::syscall(
+            libc::SYS_open_by_handle_at,
+            mount.as_raw_fd(),
+            &raw mut raw,
+            libc::O_PATH | libc::O_CLOEXEC,
+        )
     };
     if fd < 0 {
         return None;
@@ -76,6 +83,24 @@ fn open_watched(watch: &InotifyWatch, mount_point: &[u8]) -> Option<Bytes> {
     let link = nix::fcntl::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()).as_str()).ok()?;
     let path = Bytes(std::os::unix::ffi::OsStringExt::into_vec(link));
     (stat_path(&path)?.st_ino == watch.ino).then_some(path)
+}
+
+/// The path of a watched inode among those that the process is known to use: without the privilege to open
+/// handles. What a program watches is as a rule its working directory, or holds files that it has open.
+fn near_by(collector: &Collector, watch: &InotifyWatch) -> Option<Bytes> {
+    let device = libc::makedev(watch.sdev >> 20, watch.sdev & 0xf_ffff);
+    let cwd = process::cwd(collector.pid).ok().map(Bytes);
+    let open = collector.objects.inodes.iter().filter_map(|inode| match &inode.source {
+        Source::Path { path } | Source::Deleted { path, .. } => Some(path.clone()),
+        _ => None,
+    });
+    cwd.into_iter().chain(open).find_map(|path| {
+        path.path().ancestors().find_map(|dir| {
+            let dir = Bytes::from(dir.as_os_str().as_encoded_bytes());
+            let stat = stat_path(&dir)?;
+            (stat.st_ino == watch.ino && stat.st_dev == device).then_some(dir)
+        })
+    })
 }
 
 /// Bytes of events that were not read.

@@ -50,10 +50,7 @@ struct Run {
 #[derive(Debug)]
 pub(crate) enum Copied {
     /// In the stage: for each run where it begins.
-    Staged {
-        runs: Vec<(u64, u64, usize)>,
-        guards: Vec<Record>,
-    },
+    Staged { runs: Vec<(u64, u64, usize)>, guards: Vec<Record> },
     /// In the data files.
     Written(Vec<Record>),
 }
@@ -70,7 +67,8 @@ pub(crate) fn copy(
     let mut runs = Vec::new();
     let mut guards = Vec::new();
     for area in joined(vmas) {
-        let find = |want| scan.scan(area.start, area.end, want).map_err(Error::kernel(pid, "finding its pages"));
+        let find =
+            |want| scan.scan(area.start, area.end, want).map_err(Error::kernel(pid, "finding its pages"));
         runs.extend(find(Want::Anonymous)?.into_iter().map(|r| Run { start: r.start, end: r.end }));
         guards.extend(find(Want::Guard)?.into_iter().map(|r| Record {
             address: r.start,
@@ -146,7 +144,9 @@ fn read_runs(pid: Pid, runs: &[Run], mut room: &mut [u8]) -> Result<()> {
     let memory = Memory::open(pid, false).map_err(Error::kernel(pid, "opening its memory"))?;
     for run in runs {
         let (part, rest) = room.split_at_mut((run.end - run.start) as usize);
-        memory.read_exact_at(RemoteAddr(run.start), part).map_err(Error::kernel(pid, "reading its memory"))?;
+        memory
+            .read_exact_at(RemoteAddr(run.start), part)
+            .map_err(Error::kernel(pid, "reading its memory"))?;
         room = rest;
     }
     Ok(())
@@ -227,9 +227,7 @@ fn copy_runs(pid: Pid, runs: &[Run], file: &mut DataFile, watch: &Watch<'_>) -> 
         while at < run.end {
             let length = (run.end - at).min(CHUNK);
             let bytes = &mut buffer[..length as usize];
-            memory
-                .read_exact_at(RemoteAddr(at), bytes)
-                .map_err(Error::kernel(pid, "reading its memory"))?;
+            memory.read_exact_at(RemoteAddr(at), bytes).map_err(Error::kernel(pid, "reading its memory"))?;
             store(&mut records, at, bytes, file)?;
             watch.copied(pid, length)?;
             at += length;
@@ -297,7 +295,11 @@ pub(crate) fn copy_inode(
     match content {
         Content::File(fd) => {
             let fail = |call: &'static str| {
-                move |errno| Error::kernel(pid, "reading a file it holds")(torpor_kernel::Error::syscall(call, "", errno))
+                move |errno| {
+                    Error::kernel(pid, "reading a file it holds")(torpor_kernel::Error::syscall(
+                        call, "", errno,
+                    ))
+                }
             };
             let mut buffer = vec![0u8; CHUNK as usize];
             let mut at = 0u64;
@@ -320,14 +322,18 @@ pub(crate) fn copy_inode(
                 at = start;
                 while at < end {
                     let want = (end - at).min(CHUNK) as usize;
-                    let got = nix::sys::uio::pread(fd, &mut buffer[..want], at as i64).map_err(fail("pread"))?;
+                    let got =
+                        nix::sys::uio::pread(fd, &mut buffer[..want], at as i64).map_err(fail("pread"))?;
                     if got == 0 {
                         return Err(Error::Inconsistent { pid, what: "a file it holds shrinks".into() });
                     }
                     // Records are whole pages: a short read in the middle is taken up again at a page.
                     let whole = if at + (got as u64) < end { got & !(PAGE as usize - 1) } else { got };
                     if whole == 0 {
-                        return Err(Error::Inconsistent { pid, what: "a file it holds gives single bytes".into() });
+                        return Err(Error::Inconsistent {
+                            pid,
+                            what: "a file it holds gives single bytes".into(),
+                        });
                     }
                     store(&mut records, at, &buffer[..whole], file)?;
                     watch.copied(pid, whole as u64)?;

@@ -18,7 +18,8 @@ use crate::inode;
 pub(crate) fn collect(collector: &mut Collector, all: &[Found], found: &Found) -> Result<Option<Kind>> {
     let named = !found.link.starts_with(b"pipe:[");
     if found.info.flags & libc::O_PATH as u32 != 0 {
-        return Ok(inode::by_path(collector, &found.title(), &found.link.as_slice().into(), &found.stat).map(Kind::File));
+        return Ok(inode::by_path(collector, &found.title(), &found.link.as_slice().into(), &found.stat)
+            .map(Kind::File));
     }
     let key = (found.stat.st_dev, found.stat.st_ino);
     let ends = || all.iter().filter(move |f| (f.stat.st_dev, f.stat.st_ino) == key);
@@ -26,7 +27,11 @@ pub(crate) fn collect(collector: &mut Collector, all: &[Found], found: &Found) -
     let reader = ends().find(|f| mode(f) != libc::O_WRONLY as u32);
     let writer = ends().find(|f| mode(f) != libc::O_RDONLY as u32);
     if !named && ends().any(|f| f.info.flags & libc::O_DIRECT as u32 != 0) {
-        collector.refuse(found.title(), "a pipe of packets (O_DIRECT) cannot be dumped yet", "close it before the dump");
+        collector.refuse(
+            found.title(),
+            "a pipe of packets (O_DIRECT) cannot be dumped yet",
+            "close it before the dump",
+        );
         return Ok(None);
     }
     if reader.is_none() || writer.is_none() {
@@ -51,8 +56,13 @@ pub(crate) fn collect(collector: &mut Collector, all: &[Found], found: &Found) -
         }
     }
     let any = found.get(collector)?;
-    let capacity = fcntl(&any, FcntlArg::F_GETPIPE_SZ)
-        .map_err(|e| Error::kernel(collector.pid, found.title())(torpor_kernel::Error::syscall("fcntl(F_GETPIPE_SZ)", found.fd, e)))?;
+    let capacity = fcntl(&any, FcntlArg::F_GETPIPE_SZ).map_err(|e| {
+        Error::kernel(collector.pid, found.title())(torpor_kernel::Error::syscall(
+            "fcntl(F_GETPIPE_SZ)",
+            found.fd,
+            e,
+        ))
+    })?;
     let data = match reader {
         Some(reader) if !collector.live => contents(collector, reader, capacity)?,
         _ => Bytes::default(),
@@ -75,16 +85,18 @@ fn has_other_end(fd: &OwnedFd) -> bool {
 fn contents(collector: &Collector, reader: &Found, capacity: i32) -> Result<Bytes> {
     let pid = collector.pid;
     let fail = |call: &'static str, errno| {
-        Error::kernel(pid, format!("reading {}", reader.title()))(torpor_kernel::Error::syscall(call, reader.fd, errno))
+        Error::kernel(pid, format!("reading {}", reader.title()))(torpor_kernel::Error::syscall(
+            call, reader.fd, errno,
+        ))
     };
     let from = reader.get(collector)?;
-    let (out, into) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|e| fail("pipe2", e))?;
+    let (out, into) =
+        nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|e| fail("pipe2", e))?;
     // As many slots as the original: its buffers may each be filled only in part.
     fcntl(&into, FcntlArg::F_SETPIPE_SZ(capacity)).map_err(|e| fail("fcntl(F_SETPIPE_SZ)", e))?;
     // SAFETY: tee takes two descriptors and no memory.
-    let got = unsafe {
-        libc::tee(from.as_raw_fd(), into.as_raw_fd(), i32::MAX as usize, libc::SPLICE_F_NONBLOCK)
-    };
+    let got =
+        unsafe { libc::tee(from.as_raw_fd(), into.as_raw_fd(), i32::MAX as usize, libc::SPLICE_F_NONBLOCK) };
     if got < 0 {
         return match nix::errno::Errno::last() {
             nix::errno::Errno::EAGAIN => Ok(Bytes::default()),

@@ -18,8 +18,9 @@ impl RealTime {
         }
         let high = libc::sched_param { sched_priority: 1 };
         // SAFETY: `high` is a sched_param of ours.
-        let raised =
-            unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, &raw const high) };
+        let raised = unsafe {
+            libc::sched_setscheduler(0, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, &raw const high)
+        };
         RealTime { before: (raised == 0).then_some((policy, param)) }
     }
 }

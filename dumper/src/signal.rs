@@ -1,7 +1,7 @@
 //! Signal actions: 64 calls of rt_sigaction in one script.
 
-use torpor_image::signal::{ProcessSignals, SignalAction};
 use torpor_image::Bytes;
+use torpor_image::signal::{ProcessSignals, SignalAction};
 use torpor_parasite::call;
 use torpor_parasite::script::{Data, Outcome, Script};
 

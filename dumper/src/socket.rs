@@ -40,7 +40,11 @@ pub(crate) fn options(
         .filter_map(|(level, name)| {
             let value = option(fd, level, name)?;
             let default = fresh.as_ref().and_then(|f| option(f, level, name));
-            (default.as_ref() != Some(&value) && value.len() <= 64).then(|| SocketOption { level, name, value: value.into() })
+            (default.as_ref() != Some(&value) && value.len() <= 64).then(|| SocketOption {
+                level,
+                name,
+                value: value.into(),
+            })
         })
         .collect()
 }

@@ -4,7 +4,6 @@
 //! the zero test, checksums and the file system add to it; with a stage all of that comes after the thaw.
 //! Large processes are not staged: memory for two of them may not be there.
 
-
 /// Processes larger than this are written to their files inside the freeze.
 const LARGEST: u64 = 256 << 20;
 /// asm-generic/mman-common.h
@@ -89,4 +88,3 @@ fn available() -> u64 {
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
     line.and_then(|l| l.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()).unwrap_or(0) * 1024
 }
-

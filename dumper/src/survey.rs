@@ -38,10 +38,10 @@ pub(crate) fn survey(pid: Pid) -> Result<(Survey, Vec<Mapping>)> {
     let status = preconditions(pid)?;
     let mut collector = Collector::new(pid, true)?;
     refuse_process(&mut collector, &status)?;
+    let table = description::collect(&mut collector)?;
     let maps = vma::read(&collector)?;
     let areas = vma::collect(&mut collector, &maps)?.len();
     task::exe(&mut collector)?;
-    let table = description::collect(&mut collector)?;
     let descriptors = table
         .descriptors
         .iter()
@@ -93,7 +93,11 @@ fn preconditions(pid: Pid) -> Result<status::Status> {
         });
     }
     if status.tracer_pid != 0 {
-        return Err(Error::Traced { pid, tracer: status.tracer_pid, name: freeze::name_of(status.tracer_pid) });
+        return Err(Error::Traced {
+            pid,
+            tracer: status.tracer_pid,
+            name: freeze::name_of(status.tracer_pid),
+        });
     }
     Ok(status)
 }
@@ -142,7 +146,9 @@ pub(crate) fn refuse_process(collector: &mut Collector, status: &status::Status)
         {
             collector.refuse(
                 format!("its {what}"),
-                format!("it is shared with its parent, pid {parent} (CLONE_*), which is not part of the dump"),
+                format!(
+                    "it is shared with its parent, pid {parent} (CLONE_*), which is not part of the dump"
+                ),
                 "wait until it has one of its own, as after execve",
             );
         }
@@ -152,7 +158,11 @@ pub(crate) fn refuse_process(collector: &mut Collector, status: &status::Status)
     let mut class = [0u8; 5];
     let header = std::fs::File::open(format!("/proc/{pid}/exe")).and_then(|f| f.read_exact_at(&mut class, 0));
     if header.is_ok() && class[4] != 2 {
-        collector.refuse("its program", "it is of another word size than torpor", "use a program of this word size");
+        collector.refuse(
+            "its program",
+            "it is of another word size than torpor",
+            "use a program of this word size",
+        );
     }
     Ok(())
 }
@@ -163,9 +173,10 @@ fn directories(collector: &mut Collector) -> Result<()> {
     for (what, link) in [("working directory", "cwd"), ("root directory", "root")] {
         let path = if link == "cwd" { process::cwd(pid) } else { process::root(pid) };
         let path = Bytes(path.map_err(Error::kernel(pid, format!("reading its {what}")))?);
-        let own = nix::sys::stat::stat(format!("/proc/{pid}/{link}").as_str())
-            .map_err(|e| Error::kernel(pid, format!("reading its {what}"))(torpor_kernel::Error::syscall("stat", link, e)))?;
-        if !stat_path(&path).is_some_and(|now| (now.st_dev, now.st_ino) == (own.st_dev, own.st_ino)) {
+        let own = nix::sys::stat::stat(format!("/proc/{pid}/{link}").as_str()).map_err(|e| {
+            Error::kernel(pid, format!("reading its {what}"))(torpor_kernel::Error::syscall("stat", link, e))
+        })?;
+        if stat_path(&path).is_none_or(|now| (now.st_dev, now.st_ino) != (own.st_dev, own.st_ino)) {
             collector.refuse(
                 format!("its {what} `{path}`"),
                 "it was removed, or its path leads elsewhere by now",

@@ -67,7 +67,11 @@ fn ask(script: &mut Script) -> Asked {
         tsc,
         // Newer than some kernels; EINVAL means that there is nothing to be kept.
         mdwe: script.try_call("the write-xor-execute attribute", libc::SYS_prctl, &get(PR_GET_MDWE)),
-        memory_merge: script.try_call("the page merging attribute", libc::SYS_prctl, &get(PR_GET_MEMORY_MERGE)),
+        memory_merge: script.try_call(
+            "the page merging attribute",
+            libc::SYS_prctl,
+            &get(PR_GET_MEMORY_MERGE),
+        ),
         machine_checks: script.try_call("the machine check policy", libc::SYS_prctl, &get(PR_MCE_KILL_GET)),
         limits,
         brk: script.call("the program break", libc::SYS_brk, &[n(0)]),
@@ -106,7 +110,9 @@ pub(crate) fn collect(
         thread::refuse(collector, thread);
         if thread.lost_call {
             let tid = thread.before.tid;
-            collector.losses.push(format!("thread {tid}: which call a signal interrupts; it fails with EINTR"));
+            collector
+                .losses
+                .push(format!("thread {tid}: which call a signal interrupts; it fails with EINTR"));
         }
     }
     let posix = timers::timers(pid).map_err(Error::kernel(pid, "reading its timers"))?;
@@ -127,9 +133,9 @@ pub(crate) fn collect(
         scripts.push(script);
     }
     let before: Vec<_> = stopped.iter().map(|s| s.before.clone()).collect();
-    let taken = stopped.iter().fold(0, |all, s| {
-        all | s.status.caught | s.status.sig_pending | s.status.shared_pending
-    });
+    let taken = stopped
+        .iter()
+        .fold(0, |all, s| all | s.status.caught | s.status.sig_pending | s.status.shared_pending);
     let entry = Entry { maps, gadgets, taken_signals: taken };
     let outcomes = inject::run(frozen, &memory, &before, &entry, &scripts)?;
 
@@ -227,17 +233,21 @@ pub(crate) fn exe(collector: &mut Collector) -> Result<InodeId> {
         return Ok(collector.add_inode(&stat, Source::Path { path }));
     }
     // A program file that was removed is mapped, as a rule, and so among the inodes already.
-    let stat = nix::sys::stat::stat(format!("/proc/{pid}/exe").as_str())
-        .map_err(|e| Error::kernel(pid, "reading its program file")(torpor_kernel::Error::syscall("stat", "/proc/PID/exe", e)))?;
+    let stat = nix::sys::stat::stat(format!("/proc/{pid}/exe").as_str()).map_err(|e| {
+        Error::kernel(pid, "reading its program file")(torpor_kernel::Error::syscall(
+            "stat",
+            "/proc/PID/exe",
+            e,
+        ))
+    })?;
     if let Some(id) = collector.known_inode(stat.st_dev, stat.st_ino) {
         return Ok(id);
     }
-    let file = std::fs::File::open(format!("/proc/{pid}/exe"))
-        .map_err(|e| Error::kernel(pid, "opening its program file")(torpor_kernel::Error::io("open", "/proc/PID/exe", &e)))?;
-    let source = Source::Deleted {
-        path: crate::description::without_deleted(&path),
-        content: Extents::default(),
-    };
+    let file = std::fs::File::open(format!("/proc/{pid}/exe")).map_err(|e| {
+        Error::kernel(pid, "opening its program file")(torpor_kernel::Error::io("open", "/proc/PID/exe", &e))
+    })?;
+    let source =
+        Source::Deleted { path: crate::description::without_deleted(&path), content: Extents::default() };
     let id = collector.add_inode(&stat, source);
     collector.contents.push((id, crate::collect::Content::File(file.into())));
     Ok(id)

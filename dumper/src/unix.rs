@@ -84,7 +84,8 @@ fn state(collector: &mut Collector, found: &Found, diag: &sock_diag::UnixSocket)
                 Ok(Some(State::Waiting { listener: listener.inode }))
             }
             _ => {
-                let why = "it is connected to another process that has not accepted it, or data is on its way";
+                let why =
+                    "it is connected to another process that has not accepted it, or data is on its way";
                 collector.refuse(found.title(), why, "try again a moment later");
                 Ok(None)
             }
@@ -235,8 +236,7 @@ fn bound_file(fd: &OwnedFd) -> Option<BoundFile> {
         Bytes(std::os::unix::ffi::OsStringExt::into_vec(link?))
     } else {
         // Without the privilege an absolute name is as good, as long as it leads to a socket.
-        let address: nix::sys::socket::UnixAddr =
-            nix::sys::socket::getsockname(fd.as_raw_fd()).ok()?;
+        let address: nix::sys::socket::UnixAddr = nix::sys::socket::getsockname(fd.as_raw_fd()).ok()?;
         Bytes(address.path().filter(|p| p.is_absolute())?.as_os_str().as_encoded_bytes().to_vec())
     };
     let stat = stat_path(&path)?;

@@ -154,9 +154,7 @@ fn inode(collector: &mut Collector, mapping: &Mapping) -> Result<Option<InodeId>
             }
             let known = collector.known_inode(stat.st_dev, stat.st_ino);
             let title = title(mapping);
-            return Ok(known.or_else(|| {
-                crate::inode::by_path(collector, &title, &path, &stat)
-            }));
+            return Ok(known.or_else(|| crate::inode::by_path(collector, &title, &path, &stat)));
         }
     }
     let device = libc::makedev(mapping.dev.0, mapping.dev.1);
@@ -186,8 +184,7 @@ fn inode(collector: &mut Collector, mapping: &Mapping) -> Result<Option<InodeId>
         Kind::SharedAnonymous | Kind::NamedSharedAnonymous(_) => Source::SharedMemory { content },
         Kind::Memfd(name) => {
             // SAFETY: F_GET_SEALS takes and fills nothing.
-            let seals =
-                unsafe { libc::fcntl(std::os::fd::AsRawFd::as_raw_fd(&file), libc::F_GET_SEALS) };
+            let seals = unsafe { libc::fcntl(std::os::fd::AsRawFd::as_raw_fd(&file), libc::F_GET_SEALS) };
             Source::Memfd { name: name.into(), seals: seals.max(0) as u32, content }
         }
         _ if stat.st_nlink == 0 => {

@@ -86,7 +86,9 @@ fn objects(image: &Image) -> Result<()> {
             return bad(format!("inode {i} has no absolute path: {path:?}"));
         }
         if let Some(content) = inode.content() {
-            extents(image, "objects.tpr", content, |r| r.address + r.length <= inode.size.next_multiple_of(PAGE))?;
+            extents(image, "objects.tpr", content, |r| {
+                r.address + r.length <= inode.size.next_multiple_of(PAGE)
+            })?;
         }
     }
     for (i, pipe) in objects.pipes.iter().enumerate() {
@@ -118,7 +120,9 @@ fn objects(image: &Image) -> Result<()> {
             Kind::Terminal(terminal) if !matches!(terminal.termios.len(), 0 | TERMIOS) => {
                 return bad(format!("description {i} has impossible terminal settings"));
             }
-            Kind::Inotify(inotify) if inotify.watches.iter().any(|w| !(1..MAX_FD).contains(&w.descriptor)) => {
+            Kind::Inotify(inotify)
+                if inotify.watches.iter().any(|w| !(1..MAX_FD).contains(&w.descriptor)) =>
+            {
                 return bad(format!("description {i} has an impossible watch"));
             }
             _ => {}

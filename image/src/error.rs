@@ -30,7 +30,9 @@ pub enum Error {
         path: PathBuf,
     },
     /// A file is not what it must be.
-    #[error("`{file}` is damaged: {what}; take the image from its source again (`torpor verify` checks all of it)")]
+    #[error(
+        "`{file}` is damaged: {what}; take the image from its source again (`torpor verify` checks all of it)"
+    )]
     Damaged {
         /// Name inside the image.
         file: String,

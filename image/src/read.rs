@@ -167,10 +167,7 @@ fn read_file(dir: &Path, name: &str) -> Result<Vec<u8>> {
         return Err(Error::damaged(name, format!("{size} bytes are more than any such file has")));
     }
     let mut bytes = Vec::with_capacity(size as usize);
-    file.by_ref()
-        .take(MAX_BODY)
-        .read_to_end(&mut bytes)
-        .map_err(Error::file("read", dir.join(name)))?;
+    file.by_ref().take(MAX_BODY).read_to_end(&mut bytes).map_err(Error::file("read", dir.join(name)))?;
     Ok(bytes)
 }
 

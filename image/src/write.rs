@@ -158,11 +158,7 @@ impl ImageWriter {
         if self.fsync {
             file.sync_all().map_err(Error::file("fsync", &path))?;
         }
-        Ok(ImageFile {
-            name: name.to_owned(),
-            size: content.len() as u64,
-            crc32c: crc32c::crc32c(&content),
-        })
+        Ok(ImageFile { name: name.to_owned(), size: content.len() as u64, crc32c: crc32c::crc32c(&content) })
     }
 }
 

@@ -26,7 +26,8 @@ impl Arena {
     /// taken since the plan was made.
     pub(crate) fn map(plan: &TaskPlan, what: &str) -> Result<Option<Self>> {
         let length = plan.arena + plan.arena_length - plan.park;
-        let reserve = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
+        let reserve =
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
         // SAFETY: NOREPLACE touches nothing that exists.
         let got = unsafe {
             libc::mmap(plan.park as *mut libc::c_void, length as usize, libc::PROT_NONE, reserve, -1, 0)

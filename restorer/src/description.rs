@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+use torpor_image::DescriptionId;
 use torpor_image::description::{Description, Kind};
 use torpor_image::lock::Flock;
 use torpor_image::task::Task;
 use torpor_image::unix::State;
-use torpor_image::DescriptionId;
 use torpor_parasite::call;
 use torpor_parasite::script::{OpId, Script, Value};
 
@@ -158,7 +158,8 @@ pub(crate) fn open(opener: &mut Opener<'_>, id: DescriptionId) -> Result<OwnedFd
 /// Status flags, position and lock.
 fn settle(what: &str, fd: &OwnedFd, description: &Description) -> Result<()> {
     // What F_SETFL can change; the rest was given to open(2).
-    let flags = description.flags as i32 & (libc::O_APPEND | libc::O_NONBLOCK | libc::O_DIRECT | libc::O_NOATIME);
+    let flags =
+        description.flags as i32 & (libc::O_APPEND | libc::O_NONBLOCK | libc::O_DIRECT | libc::O_NOATIME);
     let access = description.flags as i32 & libc::O_ACCMODE;
     // SAFETY: these take numbers only.
     unsafe {

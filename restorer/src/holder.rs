@@ -10,7 +10,8 @@ pub(crate) fn of_port(address: SocketAddr) -> String {
     let sockets = [libc::AF_INET, libc::AF_INET6]
         .into_iter()
         .flat_map(|family| sock_diag::inet_sockets(family, libc::IPPROTO_TCP).unwrap_or_default());
-    let mut on_port = sockets.filter(|s| s.local.port() == address.port()).map(|s| s.inode).filter(|i| *i != 0);
+    let mut on_port =
+        sockets.filter(|s| s.local.port() == address.port()).map(|s| s.inode).filter(|i| *i != 0);
     on_port.find_map(of_socket).unwrap_or_else(|| "another socket".to_owned())
 }
 

@@ -29,9 +29,9 @@ pub(crate) fn open(opener: &mut Opener<'_>, what: &str, id: InodeId, flags: u32)
     let content = match &inode.source {
         Source::Path { path } => return by_path(opener, what, inode, path, flags),
         // Never opened: mapped by the task itself.
-        Source::SharedMemory { content } | Source::Deleted { content, .. } | Source::Memfd { content, .. } => {
-            *content
-        }
+        Source::SharedMemory { content }
+        | Source::Deleted { content, .. }
+        | Source::Memfd { content, .. } => *content,
     };
     if !opener.inodes.contains_key(&id) {
         let made = make(opener, what, inode)?;
@@ -47,16 +47,12 @@ pub(crate) fn open(opener: &mut Opener<'_>, what: &str, id: InodeId, flags: u32)
 }
 
 fn by_path(opener: &Opener<'_>, what: &str, inode: &Inode, path: &Bytes, flags: u32) -> Result<OwnedFd> {
-    let conflict = |why: String, remedy: &str| Error::Conflict {
-        what: what.to_owned(),
-        why,
-        remedy: remedy.to_owned(),
-    };
+    let conflict =
+        |why: String, remedy: &str| Error::Conflict { what: what.to_owned(), why, remedy: remedy.to_owned() };
     let name = CString::new(path.0.clone())
         .map_err(|_nul| conflict("its path has a zero byte in it".into(), "the image is damaged"))?;
-    let now = nix::sys::stat::stat(path.path()).map_err(|errno| {
-        conflict(format!("`{path}` is gone ({errno})"), "put the file back where it was")
-    })?;
+    let now = nix::sys::stat::stat(path.path())
+        .map_err(|errno| conflict(format!("`{path}` is gone ({errno})"), "put the file back where it was"))?;
     if now.st_mode & libc::S_IFMT != inode.mode & libc::S_IFMT {
         return Err(conflict(format!("`{path}` is a file of another type now"), "put the file back"));
     }
@@ -71,12 +67,15 @@ fn by_path(opener: &Opener<'_>, what: &str, inode: &Inode, path: &Bytes, flags: 
         let modified = now.st_mtime * 1_000_000_000 + now.st_mtime_nsec;
         if modified != inode.modified {
             return Err(conflict(
-                format!("`{path}`, which the program runs code or keeps pages of, was modified since the dump"),
+                format!(
+                    "`{path}`, which the program runs code or keeps pages of, was modified since the dump"
+                ),
                 "put the old file back, or accept the new one with --accept-changed",
             ));
         }
     }
-    let flags = flags as i32 & !(libc::O_ASYNC | libc::O_NOFOLLOW | libc::O_CREAT | libc::O_TRUNC | libc::O_EXCL);
+    let flags =
+        flags as i32 & !(libc::O_ASYNC | libc::O_NOFOLLOW | libc::O_CREAT | libc::O_TRUNC | libc::O_EXCL);
     // Nothing here may wait for another process; the flag is set right afterwards.
     let wait = if regular || flags & libc::O_PATH != 0 { 0 } else { libc::O_NONBLOCK };
     // SAFETY: the path ends with a zero.

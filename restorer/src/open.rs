@@ -69,18 +69,16 @@ impl<'i> Opener<'i> {
             }
             Open::Data { file } => Ok(self.image.data_file(*file)?.into()),
             Open::Zero => File::open("/dev/zero").map(OwnedFd::from).map_err(|e| io("/dev/zero", "open", &e)),
-            Open::Directory { path } => {
-                nix::fcntl::open(
-                    path.path(),
-                    nix::fcntl::OFlag::O_PATH | nix::fcntl::OFlag::O_DIRECTORY | nix::fcntl::OFlag::O_CLOEXEC,
-                    nix::sys::stat::Mode::empty(),
-                )
-                .map_err(|errno| Error::Conflict {
-                    what: format!("directory `{path}`"),
-                    why: errno.to_string(),
-                    remedy: "put it back where it was".into(),
-                })
-            }
+            Open::Directory { path } => nix::fcntl::open(
+                path.path(),
+                nix::fcntl::OFlag::O_PATH | nix::fcntl::OFlag::O_DIRECTORY | nix::fcntl::OFlag::O_CLOEXEC,
+                nix::sys::stat::Mode::empty(),
+            )
+            .map_err(|errno| Error::Conflict {
+                what: format!("directory `{path}`"),
+                why: errno.to_string(),
+                remedy: "put it back where it was".into(),
+            }),
         }
     }
 

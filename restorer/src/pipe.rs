@@ -60,7 +60,11 @@ pub(crate) fn reopen(what: &str, fd: &OwnedFd, flags: u32) -> Result<OwnedFd> {
     let path = std::ffi::CString::new(format!("/proc/self/fd/{}", fd.as_raw_fd()))
         .expect("a path of digits and slashes has no zero in it");
     // A file that was made without a name shows that, with its flag for directories.
-    let flags = if flags as i32 & libc::O_TMPFILE == libc::O_TMPFILE { flags as i32 & !libc::O_TMPFILE } else { flags as i32 };
+    let flags = if flags as i32 & libc::O_TMPFILE == libc::O_TMPFILE {
+        flags as i32 & !libc::O_TMPFILE
+    } else {
+        flags as i32
+    };
     // The link leads to what is open without being followed as a name.
     let flags = (flags & !(libc::O_NOFOLLOW | libc::O_ASYNC)) | libc::O_CLOEXEC | libc::O_NOCTTY;
     // Without O_NONBLOCK a one-way open of a pipe could wait; the flag is set right afterwards.

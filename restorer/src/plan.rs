@@ -244,8 +244,10 @@ fn plan_task(planner: &mut Planner<'_>, index: usize, task: &Task, options: &Opt
     let blob_length = (torpor_blob::BLOB.len() as u64).next_multiple_of(PAGE);
     let parking = vma::parking(host).next_multiple_of(PAGE);
     let length = parking + blob_length + arena_length;
-    let with_scratch =
-        Host { occupied: [host.occupied.clone(), vec![(scratch, scratch + scratch_length)]].concat(), ..host.clone() };
+    let with_scratch = Host {
+        occupied: [host.occupied.clone(), vec![(scratch, scratch + scratch_length)]].concat(),
+        ..host.clone()
+    };
     let park = vma::free_range(&with_scratch, task, length).ok_or_else(no_room)?;
     phases[1].script = first_phase(host, task, park, park, park + length);
 
@@ -281,9 +283,8 @@ fn first_phase(host: &Host, task: &Task, park: u64, base: u64, end: u64) -> Scri
 /// Whether machine and privilege can take the task at all.
 fn fits(planner: &mut Planner<'_>, task: &Task) -> Result<()> {
     let (image, host) = (planner.image, planner.host);
-    let unfit = |why: String, remedy: &str| {
-        Err(Error::Unfit { what: task.title(), why, remedy: remedy.to_owned() })
-    };
+    let unfit =
+        |why: String, remedy: &str| Err(Error::Unfit { what: task.title(), why, remedy: remedy.to_owned() });
     let used = task.threads.iter().fold(0, |all, t| all | arch::xstate_components(&t.xstate));
     let missing = used & !host.xstate_features;
     if missing != 0 {
@@ -316,7 +317,11 @@ fn fits(planner: &mut Planner<'_>, task: &Task) -> Result<()> {
         );
     }
     if task.sid != task.pid {
-        planner.note(format!("{}: its session {} is not in the image; it joins torpor's", task.title(), task.sid));
+        planner.note(format!(
+            "{}: its session {} is not in the image; it joins torpor's",
+            task.title(),
+            task.sid
+        ));
         if task.pgid != task.pid {
             planner.note(format!(
                 "{}: its process group {} is not in the image; it joins torpor's",
@@ -327,10 +332,16 @@ fn fits(planner: &mut Planner<'_>, task: &Task) -> Result<()> {
     }
     let unix = |d: &torpor_image::description::Description| matches!(d.kind, Kind::Unix(_));
     if image.objects.descriptions.iter().any(unix) {
-        planner.note(format!("{}: peers of its unix sockets will see torpor's credentials (SO_PEERCRED)", task.title()));
+        planner.note(format!(
+            "{}: peers of its unix sockets will see torpor's credentials (SO_PEERCRED)",
+            task.title()
+        ));
     }
     if image.manifest.ran_on {
-        planner.note(format!("{}: it ran on after this image was taken; what it did since is not undone", task.title()));
+        planner.note(format!(
+            "{}: it ran on after this image was taken; what it did since is not undone",
+            task.title()
+        ));
     }
     let overruns = task.timers.posix.iter().filter(|t| t.overrun > 0).count();
     if overruns > 0 {

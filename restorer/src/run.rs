@@ -228,7 +228,8 @@ impl Building<'_> {
         let failed = context.failed as usize;
         let result = script.outcome(placed, arena.bytes()).result(OpId(context.failed));
         let errno = Errno::from_raw(-result as i32);
-        let purpose = script.steps().get(failed).map_or_else(|| "state".to_owned(), |s| s.purpose.to_string());
+        let purpose =
+            script.steps().get(failed).map_or_else(|| "state".to_owned(), |s| s.purpose.to_string());
         let spawns = || script.steps()[..failed].iter().filter(|s| s.kind == kind::SPAWN).count();
         if script.steps().get(failed).is_some_and(|s| s.kind == kind::SPAWN)
             && let Some(thread) = self.task.threads.get(1 + spawns())
@@ -334,7 +335,9 @@ impl Building<'_> {
         }
         if stopped || self.task.stopped {
             for _ in 0..10_000 {
-                if torpor_kernel::status::of_process(Pid(pid)).map_or(true, |s| s.state != 'R' && s.state != 'S') {
+                if torpor_kernel::status::of_process(Pid(pid))
+                    .map_or(true, |s| s.state != 'R' && s.state != 'S')
+                {
                     break;
                 }
                 std::thread::sleep(std::time::Duration::from_micros(100));
@@ -365,5 +368,8 @@ impl Drop for Building<'_> {
 
 /// Signals that only a fault in the executor can raise, as all others are blocked.
 fn is_fault(signal: i32) -> bool {
-    matches!(signal, libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE | libc::SIGTRAP | libc::SIGSYS)
+    matches!(
+        signal,
+        libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE | libc::SIGTRAP | libc::SIGSYS
+    )
 }

@@ -25,7 +25,10 @@ pub(crate) fn set(what: &str, fd: &OwnedFd, options: &[SocketOption]) -> Result<
             return Err(Error::last(what, "setsockopt(SO_*BUF)"));
         }
         if !set_bytes(fd, option.level, option.name, &option.value) {
-            return Err(Error::last(&format!("{what}: option {}/{}", option.level, option.name), "setsockopt"));
+            return Err(Error::last(
+                &format!("{what}: option {}/{}", option.level, option.name),
+                "setsockopt",
+            ));
         }
     }
     Ok(())

@@ -131,6 +131,8 @@ fn parts() -> Parts {
             thp_disabled: 0,
             coredump_filter: Some(0x33),
             membarrier: 0,
+            mdwe: Default::default(),
+            memory_merge: Default::default(),
         },
         descriptors: Vec::new(),
         locks: Vec::new(),
@@ -344,17 +346,26 @@ fn holds(image: &Image, plan: &Plan) {
     let script = |name: &str| &plan.phases.iter().find(|p| p.name == name).expect("a phase").script;
     // Every number gets its description, by dup3 from above all numbers: no move reads what it has written.
     // A set that watches a number used for something else by now borrows it in between.
-    let mut made = BTreeMap::new();
-    let descriptors = script("descriptors");
-    for args in calls(descriptors, libc::SYS_dup3) {
-        let Value::Result(source) = args[0] else { panic!("dup3 of {:?}", args[0]) };
-        let source = &descriptors.steps()[source.0 as usize];
-        assert_eq!(source.nr, libc::SYS_fcntl);
-        let least = number(source.args[2]).expect("a number");
-        assert!(task.descriptors.iter().all(|d| (d.fd as u64) < least), "a move reads what it has written");
-        let Value::Descriptor(slot) = source.args[0] else { panic!("fcntl of {:?}", source.args[0]) };
-        let Open::Description(id) = opens[slot as usize] else { panic!("slot {slot} is no description") };
-        made.insert(number(args[1]).expect("a number"), id);
+    let mut made: BTreeMap<u64, DescriptionId> = BTreeMap::new();
+    let mut aside: BTreeMap<u32, DescriptionId> = BTreeMap::new();
+    let last = task.descriptors.last().map_or(-1, |d| i64::from(d.fd));
+    for (i, step) in script("descriptors").steps().iter().enumerate() {
+        let duplicate = [libc::F_DUPFD, libc::F_DUPFD_CLOEXEC].map(|c| Some(c as u64));
+        if step.nr == libc::SYS_fcntl && duplicate.contains(&number(step.args[1])) {
+            assert!(number(step.args[2]).expect("a number") as i64 > last, "a move reads what it has written");
+            let id = match step.args[0] {
+                Value::Descriptor(slot) => match opens[slot as usize] {
+                    Open::Description(id) => id,
+                    _ => panic!("slot {slot} is no description"),
+                },
+                Value::Number(fd) => made[&fd],
+                other => panic!("fcntl of {other:?}"),
+            };
+            aside.insert(i as u32, id);
+        } else if step.nr == libc::SYS_dup3 {
+            let Value::Result(source) = step.args[0] else { panic!("dup3 of {:?}", step.args[0]) };
+            made.insert(number(step.args[1]).expect("a number"), aside[&source.0]);
+        }
     }
     let wanted: BTreeMap<u64, DescriptionId> =
         task.descriptors.iter().map(|d| (d.fd as u64, d.description)).collect();

@@ -49,7 +49,8 @@ pub(crate) fn open(opener: &mut Opener<'_>, what: &str, unix: &UnixSocket) -> Re
 /// A new socket, bound if it was.
 fn new(opener: &mut Opener<'_>, what: &str, unix: &UnixSocket) -> Result<OwnedFd> {
     // SAFETY: socket takes numbers only.
-    let fd = owned(what, "socket", unsafe { libc::socket(libc::AF_UNIX, unix.kind | libc::SOCK_CLOEXEC, 0) })?;
+    let fd =
+        owned(what, "socket", unsafe { libc::socket(libc::AF_UNIX, unix.kind | libc::SOCK_CLOEXEC, 0) })?;
     bind(opener, what, &fd, unix)?;
     Ok(fd)
 }
@@ -104,9 +105,8 @@ fn through(
     connect(opener, what, &fd, listener)?;
     let from = opener.listeners[&listener].as_raw_fd();
     // SAFETY: accept4 may be given no address.
-    let accepted = unsafe {
-        libc::accept4(from, std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC)
-    };
+    let accepted =
+        unsafe { libc::accept4(from, std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC) };
     Ok((fd, owned(what, "accept4", accepted)?))
 }
 
@@ -237,8 +237,9 @@ fn make_room(what: &str, file: &BoundFile) -> Result<()> {
     if now.st_mode & libc::S_IFMT != libc::S_IFSOCK {
         return Err(taken(format!("`{}` exists and is no socket", file.path)));
     }
-    let sockets = torpor_kernel::sock_diag::unix_sockets()
-        .map_err(|e| taken(format!("`{}` exists, and whether it is in use cannot be told ({e})", file.path)))?;
+    let sockets = torpor_kernel::sock_diag::unix_sockets().map_err(|e| {
+        taken(format!("`{}` exists, and whether it is in use cannot be told ({e})", file.path))
+    })?;
     let in_use = sockets.into_iter().find(|s| s.vfs.is_some_and(|(_, inode)| u64::from(inode) == now.st_ino));
     if let Some(socket) = in_use {
         let who = holder::of_socket(socket.inode).unwrap_or_else(|| "another process".to_owned());
@@ -257,7 +258,9 @@ fn by_number(image: &Image, number: u32) -> Option<&UnixSocket> {
 /// The listening socket of this name.
 fn listener_named(image: &Image, name: &Bytes) -> Option<u32> {
     image.objects.descriptions.iter().find_map(|d| match &d.kind {
-        Kind::Unix(unix) if matches!(unix.state, State::Listening { .. }) && unix.name.as_ref() == Some(name) => {
+        Kind::Unix(unix)
+            if matches!(unix.state, State::Listening { .. }) && unix.name.as_ref() == Some(name) =>
+        {
             Some(unix.number)
         }
         _ => None,

@@ -101,7 +101,8 @@ pub(crate) fn kernel_mismatch(image: &Image, host: &Host, task: &Task) -> Option
         }
     }
     let vdso = wanted.iter().any(|(name, ..)| *name == b"[vdso]");
-    (vdso && image.manifest.host.vdso != host.vdso).then(|| "the vdso of this kernel is another one".to_owned())
+    (vdso && image.manifest.host.vdso != host.vdso)
+        .then(|| "the vdso of this kernel is another one".to_owned())
 }
 
 /// Plans every area but the kernel's own.
@@ -136,7 +137,16 @@ pub(crate) fn map(script: &mut Script, planner: &mut Planner<'_>, task: &Task, s
                 }
                 let slot = planner.open(Open::Mapped { inode: *inode, write: *may_write });
                 let flags = libc::MAP_SHARED | FIXED | if vma.no_reserve { libc::MAP_NORESERVE } else { 0 };
-                mmap(script, title, vma.start, length, vma.protection, flags, planner.descriptor(slot), *offset);
+                mmap(
+                    script,
+                    title,
+                    vma.start,
+                    length,
+                    vma.protection,
+                    flags,
+                    planner.descriptor(slot),
+                    *offset,
+                );
             }
         }
     }
@@ -204,7 +214,13 @@ pub(crate) fn finish(script: &mut Script, planner: &Planner<'_>, task: &Task) {
             script.try_call(
                 title(),
                 libc::SYS_prctl,
-                &[PR_SET_VMA.into(), PR_SET_VMA_ANON_NAME.into(), vma.start.into(), length.into(), name.into()],
+                &[
+                    PR_SET_VMA.into(),
+                    PR_SET_VMA_ANON_NAME.into(),
+                    vma.start.into(),
+                    length.into(),
+                    name.into(),
+                ],
             );
         }
         let flags = match vma.locked {
@@ -266,4 +282,3 @@ fn mmap(
         start as i64,
     );
 }
-

@@ -86,8 +86,7 @@ fn measure(arguments: &Arguments, tools: &[Tool], dir: &std::path::Path) -> anyh
                 values.sort_by(f64::total_cmp);
                 values
             };
-            let columns: [fn(&Sample) -> f64; 4] =
-                [|s| s.freezing, |s| s.frozen, |s| s.dump, |s| s.restore];
+            let columns: [fn(&Sample) -> f64; 4] = [|s| s.freezing, |s| s.frozen, |s| s.dump, |s| s.restore];
             if arguments.json {
                 json.push(serde_json::json!({
                     "case": name, "tool": tool.name(), "unit": "ms", "failure": failure,
