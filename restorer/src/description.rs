@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use torpor_image::DescriptionId;
+use torpor_image::{DescriptionId, Image};
 use torpor_image::description::{Description, Kind};
 use torpor_image::lock::Flock;
 use torpor_image::task::Task;
@@ -100,6 +100,20 @@ pub(crate) fn owners(script: &mut Script, planner: &mut Planner<'_>, task: &Task
         }
         if description.flags & libc::O_ASYNC as u32 != 0 {
             call!(script, purpose, libc::SYS_fcntl, descriptor.fd, libc::F_SETFL, description.flags);
+        }
+    }
+}
+
+/// Makes listening Unix sockets tell the task's credentials to those who connect: listen(2) takes those of its
+/// caller, also when it is called again (net/unix/af_unix.c, `unix_listen`). The task has its own by now.
+pub(crate) fn listen_again(script: &mut Script, image: &Image, task: &Task) {
+    for descriptor in &task.descriptors {
+        let description = &image.objects.descriptions[descriptor.description.0 as usize];
+        if let Kind::Unix(unix) = &description.kind
+            && let State::Listening { backlog } = unix.state
+        {
+            let purpose = format!("the credentials of fd {}", descriptor.fd);
+            call!(script, purpose, libc::SYS_listen, descriptor.fd, backlog);
         }
     }
 }

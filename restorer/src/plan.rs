@@ -13,6 +13,7 @@ use serde::Serialize;
 use torpor_image::description::Kind;
 use torpor_image::inode::Source;
 use torpor_image::task::Task;
+use torpor_image::unix::State;
 use torpor_image::{Bytes, DescriptionId, Image, InodeId};
 use torpor_parasite::script::{Script, Value};
 
@@ -218,6 +219,7 @@ fn plan_task(planner: &mut Planner<'_>, index: usize, task: &Task, options: &Opt
     signal::pending(&mut script, task.pid.0, &task.signals);
     timer::plan(&mut script, &task.timers, host);
     thread::plan(&mut script, task, task.leader(), host);
+    description::listen_again(&mut script, planner.image, task);
     phase("state", script);
 
     let mut script = Script::new();
@@ -330,12 +332,12 @@ fn fits(planner: &mut Planner<'_>, task: &Task) -> Result<()> {
             ));
         }
     }
-    let unix = |d: &torpor_image::description::Description| matches!(d.kind, Kind::Unix(_));
-    if image.objects.descriptions.iter().any(unix) {
-        planner.note(format!(
-            "{}: peers of its unix sockets will see torpor's credentials (SO_PEERCRED)",
-            task.title()
-        ));
+    let connected = |d: &torpor_image::description::Description| {
+        matches!(&d.kind, Kind::Unix(u) if !matches!(u.state, State::Idle | State::Listening { .. }))
+    };
+    if image.objects.descriptions.iter().any(connected) {
+        let what = "its connected unix sockets tell torpor's credentials as their peers' (SO_PEERCRED)";
+        planner.note(format!("{}: {what}", task.title()));
     }
     if image.manifest.ran_on {
         planner.note(format!(

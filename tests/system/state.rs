@@ -171,8 +171,7 @@ fn still() -> Outcome {
         }
         for name in ["fds", "maps", "smaps"] {
             for line in all.get_mut(name).into_iter().flatten() {
-                let cut = |l: &str, mark: &str| l.split(mark).next().unwrap_or_default().to_owned();
-                *line = cut(line, "[");
+                *line = line.split('[').next().unwrap_or_default().to_owned();
                 let fields: Vec<&str> = line.split_whitespace().collect();
                 // Of anonymous shared memory, device and inode are new.
                 if line.contains("/dev/zero (deleted)") && fields.len() > 5 {
