@@ -173,7 +173,7 @@ fn kind(collector: &mut Collector, all: &[Found], found: &Found) -> Result<Optio
             Detail::Eventfd { count, semaphore, .. } => {
                 eventfd::collect(collector, found, *count, *semaphore)
             }
-            Detail::Timerfd(timer) => Ok(Some(timerfd::collect(timer))),
+            Detail::Timerfd(timer) => timerfd::collect(collector, found, timer).map(Some),
             Detail::Signalfd { mask } => Ok(Some(signalfd::collect(*mask))),
             Detail::Epoll(_) => Ok(Some(epoll::collect())),
             Detail::Inotify(watches) => inotify::collect(collector, found, watches),

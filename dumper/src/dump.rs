@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::freeze::Frozen as Stopped;
 use crate::gadget::{self, Gadgets};
 use crate::memory::{Copied, Watch};
+use crate::restart::Restarts;
 use crate::stage::Stage;
 use crate::survey::{self, Survey};
 use crate::{description, inotify, memory, task, vma};
@@ -76,6 +77,7 @@ impl Destination {
 pub struct Frozen {
     stopped: Stopped,
     gadgets: Gadgets,
+    restarts: Restarts,
     stage: Option<Stage>,
 }
 
@@ -95,7 +97,13 @@ impl Target {
             return Err(Error::Refused { pid, refusals: survey.refusals });
         }
         let memory = Memory::open(pid, false).map_err(|source| Error::Permission { pid, source })?;
-        let gadgets = gadget::find(pid, &maps, &memory)?;
+        // A process that is just executing another program has other code a moment later.
+        let gadgets = gadget::find(pid, &maps, &memory).or_else(|_| {
+            let maps =
+                torpor_kernel::maps::maps(pid).map_err(Error::kernel(pid, "reading its memory map"))?;
+            let memory = Memory::open(pid, false).map_err(|source| Error::Permission { pid, source })?;
+            gadget::find(pid, &maps, &memory)
+        })?;
         let started = stat::of_process(pid).map_err(Error::kernel(pid, "reading its stat"))?.starttime;
         Ok(Target { pid, gadgets, survey, started })
     }
@@ -109,6 +117,7 @@ impl Target {
     pub fn freeze(&self) -> Result<Frozen> {
         let stage = Stage::for_bytes(self.survey.resident);
         let pidfd = fds::pidfd_open(self.pid).map_err(Error::kernel(self.pid, "opening it"))?;
+        let restarts = Restarts::look(self.pid);
         let mut stopped = Stopped::freeze(self.pid)?;
         for attempt in 0..MOMENTS {
             if !inotify::unread(self.pid, pidfd.as_fd()) {
@@ -130,7 +139,7 @@ impl Target {
                 .map_err(Error::kernel(self.pid, "reading its memory map"))?;
             gadget::find(self.pid, &maps, &memory)?
         };
-        Ok(Frozen { stopped, gadgets, stage })
+        Ok(Frozen { stopped, gadgets, restarts, stage })
     }
 }
 
@@ -159,14 +168,15 @@ impl Frozen {
 
     /// Writes an image of the process. The process stands afterwards as before, also on error.
     pub fn dump(&mut self, to: Destination, options: &Options<'_>) -> Result<Dumped> {
-        capture(&mut self.stopped, self.gadgets, self.stage.as_mut(), to, options)?.finish(options)
+        capture(&mut self.stopped, (self.gadgets, &self.restarts), self.stage.as_mut(), to, options)?
+            .finish(options)
     }
 
     /// Writes an image of the process, letting it go on as soon as it has been captured: a small one before
     /// its image is written.
     pub fn dump_and_resume(mut self, to: Destination, options: &Options<'_>) -> Result<Dumped> {
-        let Frozen { stopped, gadgets, stage } = &mut self;
-        let captured = capture(stopped, *gadgets, stage.as_mut(), to, options)?;
+        let Frozen { stopped, gadgets, restarts, stage } = &mut self;
+        let captured = capture(stopped, (*gadgets, restarts), stage.as_mut(), to, options)?;
         stopped.release();
         captured.finish(options)
     }
@@ -195,7 +205,7 @@ impl Frozen {
 /// Captures a stopped process: after this nothing of the image depends on it any more.
 fn capture<'s>(
     stopped: &mut Stopped,
-    gadgets: Gadgets,
+    known: (Gadgets, &Restarts),
     mut stage: Option<&'s mut Stage>,
     to: Destination,
     options: &Options<'_>,
@@ -217,7 +227,7 @@ fn capture<'s>(
     if !collector.refusals.is_empty() {
         return Err(Error::Refused { pid, refusals: collector.refusals });
     }
-    let collected = task::collect(&mut collector, stopped, gadgets, &maps, vmas, table)?;
+    let collected = task::collect(&mut collector, stopped, known, &maps, vmas, table)?;
     let task = collected.task;
 
     let begin = Instant::now();

@@ -147,7 +147,14 @@ impl Error {
     /// Wraps the failure of a kernel call made for `pid`.
     pub(crate) fn kernel(pid: Pid, doing: impl Into<String>) -> impl FnOnce(kernel::Error) -> Self {
         let doing = doing.into();
-        move |source| Error::Kernel { pid, doing, source }
+        move |source| {
+            // /proc/PID gives all sorts of errors for a process that ends just now.
+            let state = || torpor_kernel::status::of_process(pid).map(|s| s.state);
+            if source.is_gone() && state().map_or(true, |s| s == 'Z' || s == 'X') {
+                return Error::Died { pid, how: doing };
+            }
+            Error::Kernel { pid, doing, source }
+        }
     }
 }
 

@@ -31,6 +31,7 @@ mod inotify;
 mod memory;
 mod pipe;
 mod priority;
+mod restart;
 mod scheduling;
 mod signal;
 mod signalfd;

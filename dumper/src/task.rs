@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::freeze::Frozen;
 use crate::gadget::Gadgets;
 use crate::inject::{self, Entry};
+use crate::restart::Restarts;
 use crate::{signal, thread, timer};
 
 /// prctl(2) operations (linux/prctl.h).
@@ -96,7 +97,7 @@ pub(crate) struct Collected {
 pub(crate) fn collect(
     collector: &mut Collector,
     frozen: &mut Frozen,
-    gadgets: Gadgets,
+    known: (Gadgets, &Restarts),
     maps: &[Mapping],
     vmas: Vec<Vma>,
     table: Table,
@@ -105,7 +106,7 @@ pub(crate) fn collect(
     let memory = Memory::open(pid, true).map_err(Error::kernel(pid, "opening its memory"))?;
     let tids: Vec<_> = frozen.threads().iter().map(|t| t.tid).collect();
     let stopped: Vec<thread::Stopped> =
-        tids.iter().map(|&tid| thread::read(frozen, tid, &memory)).collect::<Result<_>>()?;
+        tids.iter().map(|&tid| thread::read(frozen, tid, &memory, known.1)).collect::<Result<_>>()?;
     for thread in &stopped {
         thread::refuse(collector, thread);
         if thread.lost_call {
@@ -136,7 +137,7 @@ pub(crate) fn collect(
     let taken = stopped
         .iter()
         .fold(0, |all, s| all | s.status.caught | s.status.sig_pending | s.status.shared_pending);
-    let entry = Entry { maps, gadgets, taken_signals: taken };
+    let entry = Entry { maps, gadgets: known.0, taken_signals: taken };
     let outcomes = inject::run(frozen, &memory, &before, &entry, &scripts)?;
 
     let first = &outcomes[0];

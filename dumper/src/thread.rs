@@ -14,6 +14,7 @@ use crate::collect::Collector;
 use crate::error::{Error, Result};
 use crate::freeze::Frozen;
 use crate::inject::Before;
+use crate::restart::Restarts;
 use crate::{credentials, scheduling};
 
 /// prctl(2) operations (linux/prctl.h).
@@ -37,7 +38,7 @@ pub(crate) struct Stopped {
 /// A thread stopped inside an rseq critical section is moved to the section's abort handler here, as the
 /// kernel does with every thread that is preempted in one (kernel/rseq.c, `rseq_ip_fixup`): the note of the
 /// section would be cleared as soon as the thread runs anything else, and the section then go on unaborted.
-pub(crate) fn read(frozen: &Frozen, tid: Tid, memory: &Memory) -> Result<Stopped> {
+pub(crate) fn read(frozen: &Frozen, tid: Tid, memory: &Memory, restarts: &Restarts) -> Result<Stopped> {
     let pid = frozen.pid();
     let fail = |what: &str| Error::kernel(pid, format!("reading {what} of thread {tid}"));
     let mut registers = ptrace::registers(tid).map_err(fail("the registers"))?;
@@ -63,6 +64,8 @@ pub(crate) fn read(frozen: &Frozen, tid: Tid, memory: &Memory) -> Result<Stopped
         Ok(()) => registers.resolved(&site),
         Err(_unreadable) => registers.resolved(&[0; arch::Registers::CALL_SITE]),
     };
+    let elsewhere =
+        elsewhere.or_else(|| restarts.of(tid, &registers).map(|nr| registers.with_restarted_call(nr)));
     let own_tid = status.ns_pid.last().copied().unwrap_or(tid.0);
     Ok(Stopped {
         before: Before {

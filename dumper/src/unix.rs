@@ -99,7 +99,8 @@ fn state(collector: &mut Collector, found: &Found, diag: &sock_diag::UnixSocket)
             collector.refuse(found.title(), why, CLOSE_IT);
             Ok(None)
         }
-        (ESTABLISHED, None) => Ok(Some(State::Orphaned)),
+        // A datagram socket is in this state once anyone has connected to it.
+        (ESTABLISHED, None) if diag.kind != libc::SOCK_DGRAM => Ok(Some(State::Orphaned)),
         _ => Ok(Some(State::Idle)),
     }
 }

@@ -221,6 +221,40 @@ pub fn io_priority(tid: Tid) -> Result<i32> {
     Ok(check(got, "ioprio_get", tid)? as i32)
 }
 
+/// The system call a thread is blocked in.
+#[derive(Copy, Clone, Eq, PartialEq, Debug)]
+pub struct BlockedCall {
+    /// Its number.
+    pub nr: i64,
+    /// Its arguments.
+    pub args: [u64; 6],
+    /// The stack pointer of the thread.
+    pub sp: u64,
+    /// Its instruction pointer.
+    pub ip: u64,
+}
+
+/// The system call a thread is blocked in (/proc/PID/task/TID/syscall, proc_pid_syscall(5)); `None` when it runs or is
+/// blocked for another reason.
+pub fn blocked_call(pid: Pid, tid: Tid) -> Result<Option<BlockedCall>> {
+    let text = read(&format!("/proc/{pid}/task/{tid}/syscall"))?;
+    Ok(parse_blocked_call(&String::from_utf8_lossy(&text)))
+}
+
+fn parse_blocked_call(text: &str) -> Option<BlockedCall> {
+    let mut words = text.split_ascii_whitespace();
+    let nr = words.next()?.parse().ok().filter(|nr| *nr >= 0)?;
+    let mut next = || u64::from_str_radix(words.next()?.strip_prefix("0x")?, 16).ok();
+    let args = [next()?, next()?, next()?, next()?, next()?, next()?];
+    Some(BlockedCall { nr, args, sp: next()?, ip: next()? })
+}
+
+/// The kernel function a thread sleeps in (/proc/PID/task/TID/wchan), empty where the kernel does not tell.
+pub fn wait_channel(pid: Pid, tid: Tid) -> Result<String> {
+    let text = read(&format!("/proc/{pid}/task/{tid}/wchan"))?;
+    Ok(String::from_utf8_lossy(&text).trim().to_owned())
+}
+
 /// Whether it is a kernel thread.
 pub fn is_kernel_thread(pid: Pid) -> Result<bool> {
     Ok(stat::of_process(pid)?.flags & abi::PF_KTHREAD != 0)
@@ -237,6 +271,14 @@ pub fn who_holds(number: i32) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_blocked_call_is_read() {
+        let call = parse_blocked_call("219 0x1 0x2 0x3 0x4 0x5 0x6 0x7ffd0 0x7f01\n").expect("a call");
+        assert_eq!((call.nr, call.args[5], call.sp, call.ip), (219, 6, 0x7_ffd0, 0x7f01));
+        assert_eq!(parse_blocked_call("running\n"), None);
+        assert_eq!(parse_blocked_call("-1 0x7ffd0 0x7f01\n"), None);
+    }
 
     #[test]
     fn our_own() {

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use torpor_image::{DescriptionId, Image};
 use torpor_image::description::{Description, Kind};
 use torpor_image::lock::Flock;
 use torpor_image::task::Task;
 use torpor_image::unix::State;
+use torpor_image::{DescriptionId, Image};
 use torpor_parasite::call;
 use torpor_parasite::script::{OpId, Script, Value};
 

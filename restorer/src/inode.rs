@@ -128,7 +128,8 @@ fn memfd(opener: &mut Opener<'_>, what: &str, id: InodeId, name: &Bytes, seals: 
         errno: Errno::EINVAL,
     })?;
     let mut flags = libc::MFD_CLOEXEC;
-    if seals & F_SEAL_SEAL == 0 {
+    // A memfd that was made without the flag has this seal and no other.
+    if seals != F_SEAL_SEAL {
         flags |= libc::MFD_ALLOW_SEALING;
     }
     let exec_sealed = seals & libc::F_SEAL_EXEC as u32 != 0;
@@ -137,8 +138,7 @@ fn memfd(opener: &mut Opener<'_>, what: &str, id: InodeId, name: &Bytes, seals: 
     }
     // SAFETY: the name ends with a zero.
     let fd = owned(what, "memfd_create", unsafe { libc::memfd_create(name.as_ptr(), flags) })?;
-    // Without further seals F_SEAL_SEAL is what a memfd without MFD_ALLOW_SEALING begins with.
-    if seals & !F_SEAL_SEAL != 0 {
+    if seals != F_SEAL_SEAL && seals != 0 {
         opener.seals.insert(id, seals);
     }
     Ok(fd)

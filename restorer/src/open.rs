@@ -30,7 +30,7 @@ pub(crate) struct Opener<'i> {
     /// Seals to be set once everything is mapped.
     pub(crate) seals: BTreeMap<InodeId, u32>,
     /// Terminals and how they are to be set up.
-    pub(crate) terminals: Vec<(i32, Bytes)>,
+    pub(crate) terminals: Vec<(OwnedFd, Bytes)>,
     pub(crate) progress: Option<&'i (dyn Fn(u64) + Sync)>,
 }
 

@@ -332,9 +332,7 @@ fn fits(planner: &mut Planner<'_>, task: &Task) -> Result<()> {
             ));
         }
     }
-    let connected = |d: &torpor_image::description::Description| {
-        matches!(&d.kind, Kind::Unix(u) if !matches!(u.state, State::Idle | State::Listening { .. }))
-    };
+    let connected = |d: &torpor_image::description::Description| matches!(&d.kind, Kind::Unix(u) if !matches!(u.state, State::Idle | State::Listening { .. }));
     if image.objects.descriptions.iter().any(connected) {
         let what = "its connected unix sockets tell torpor's credentials as their peers' (SO_PEERCRED)";
         planner.note(format!("{}: {what}", task.title()));

@@ -318,7 +318,7 @@ impl Building<'_> {
         // Ends of ours would keep the tree from seeing that nobody is at the other end.
         self.opener.let_go();
         for (fd, termios) in &self.opener.terminals {
-            terminal::set_up(*fd, termios);
+            terminal::set_up(fd, termios);
         }
         let pid = self.task.pid.0;
         if stopped || self.task.stopped {

@@ -29,6 +29,10 @@ pub(crate) fn plan(script: &mut Script, wanted: &Scheduling, host: &Host) {
         let attr = script.data(&attr);
         call!(script, "the scheduling policy", libc::SYS_sched_setattr, 0, attr, 0);
     }
+    // Policies other than the usual one keep a nice value that sched_setattr does not set.
+    if wanted.policy != 0 && wanted.nice != host.scheduling.1 {
+        call!(script, "the nice value", libc::SYS_setpriority, libc::PRIO_PROCESS as i32, 0, wanted.nice);
+    }
     if wanted.affinity != host.affinity {
         let mask = script.data(&wanted.affinity);
         call!(script, "the cpu affinity", libc::SYS_sched_setaffinity, 0, wanted.affinity.len(), mask);

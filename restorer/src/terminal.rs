@@ -25,18 +25,19 @@ pub(crate) fn open(
     let fd = stream.try_clone_to_owned().map_err(|e| io(what, "dup", &e))?;
     // SAFETY: isatty takes a number.
     if !terminal.termios.is_empty() && unsafe { libc::isatty(fd.as_raw_fd()) } == 1 {
-        opener.terminals.push((fd.as_raw_fd(), terminal.termios.clone()));
+        let kept = fd.try_clone().map_err(|e| io(what, "dup", &e))?;
+        opener.terminals.push((kept, terminal.termios.clone()));
     }
     Ok(fd)
 }
 
 /// Sets a terminal up as it was at the dump: done last, when nothing can fail any more.
-pub(crate) fn set_up(fd: i32, termios: &[u8]) {
+pub(crate) fn set_up(fd: &OwnedFd, termios: &[u8]) {
     // A process in the background would be stopped for this (SIGTTOU, termios(3)).
     let stop = SigSet::from(Signal::SIGTTOU);
     let before = stop.thread_swap_mask(SigmaskHow::SIG_BLOCK);
     // SAFETY: TCSETS reads a kernel `struct termios`, whose length was checked when the image was read.
-    unsafe { libc::ioctl(fd, libc::TCSETS, termios.as_ptr()) };
+    unsafe { libc::ioctl(fd.as_raw_fd(), libc::TCSETS, termios.as_ptr()) };
     if let Ok(before) = before {
         let _cannot_fail = before.thread_set_mask();
     }

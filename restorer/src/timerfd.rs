@@ -17,7 +17,7 @@ const NANOSECONDS: u64 = 1_000_000_000;
 pub(crate) fn open(what: &str, timer: &TimerFd, taken_at: u64) -> Result<OwnedFd> {
     // SAFETY: timerfd_create takes numbers only.
     let fd = owned(what, "timerfd_create", unsafe { libc::timerfd_create(timer.clock, libc::TFD_CLOEXEC) })?;
-    if timer.setting.value != (0, 0) {
+    if timer.setting.value != (0, 0) || timer.setting.period != (0, 0) {
         let (flags, value) = setting(timer, taken_at);
         let spec = libc::itimerspec {
             it_interval: libc::timespec { tv_sec: timer.setting.period.0, tv_nsec: timer.setting.period.1 },
@@ -43,6 +43,10 @@ pub(crate) fn open(what: &str, timer: &TimerFd, taken_at: u64) -> Result<OwnedFd
 /// The kernel tells the time that is left, also of a timer set to a point in time. Where that point is one
 /// of the calendar, it is set again; the other clocks do not go on while the process is away.
 fn setting(timer: &TimerFd, taken_at: u64) -> (u32, (i64, i64)) {
+    // A periodic timer that has expired stands still until it is read (fs/timerfd.c), and shows no time left.
+    if timer.setting.value == (0, 0) {
+        return (0, timer.setting.period);
+    }
     let left = timer.setting.value;
     let calendar = matches!(timer.clock, libc::CLOCK_REALTIME | libc::CLOCK_REALTIME_ALARM);
     if timer.settime_flags & TFD_TIMER_ABSTIME == 0 || !calendar {

@@ -99,6 +99,11 @@ impl Registers {
         Some(*self)
     }
 
+    /// On this architecture nothing, as above.
+    pub fn with_restarted_call(&self, _nr: u64) -> Self {
+        *self
+    }
+
     /// Registers that make one system call at the instruction `at` with the stack at `sp`.
     ///
     /// Where the thread goes on afterwards is in x30, hence always [`Registers::returning_to`] as well.
@@ -152,6 +157,11 @@ impl Registers {
             (NAMES[i], value)
         })
     }
+}
+
+/// The call that a thread makes by way of restart_syscall(2): not needed on this architecture.
+pub fn call_asleep_in(_channel: &str, _args: &[u64; 6]) -> Option<u64> {
+    None
 }
 
 #[cfg(test)]

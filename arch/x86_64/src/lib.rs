@@ -14,7 +14,7 @@ mod stub;
 
 pub use frame::{SignalFrame, xstate_components};
 pub use gadget::{SIGRETURN_PATTERNS, SYSCALL_INSTRUCTION, SYSCALL_PATTERNS};
-pub use registers::Registers;
+pub use registers::{Registers, call_asleep_in};
 #[cfg(target_arch = "x86_64")]
 pub use stub::{leave, sigreturn, spawn, syscall};
 

@@ -130,6 +130,11 @@ impl Registers {
             .then_some(Self { orig_rax: nr, ..*self })
     }
 
+    /// These registers, in which a call is being restarted, with the number it really has.
+    pub fn with_restarted_call(&self, nr: u64) -> Self {
+        Self { orig_rax: nr, ..*self }
+    }
+
     /// These registers made independent of the kernel's memory of an interrupted system call.
     ///
     /// A thread stopped in a system call shows `-ERESTART*` in rax; the kernel acts on it when the same
@@ -209,6 +214,25 @@ impl Registers {
             ("fs_base", self.fs_base),
             ("gs_base", self.gs_base),
         ]
+    }
+}
+
+/// The call that a thread makes by way of restart_syscall(2), told by the kernel function it sleeps in and its
+/// arguments.
+pub fn call_asleep_in(channel: &str, args: &[u64; 6]) -> Option<u64> {
+    const POLL: u64 = 7;
+    const NANOSLEEP: u64 = 35;
+    const CLOCK_NANOSLEEP: u64 = 230;
+    // clock_nanosleep begins with a small clock number, nanosleep with an address.
+    const CLOCKS: u64 = 16;
+    if channel.contains("futex") {
+        Some(crate::nr::FUTEX)
+    } else if channel.contains("poll") {
+        Some(POLL)
+    } else if channel.contains("nanosleep") {
+        Some(if args[0] < CLOCKS { CLOCK_NANOSLEEP } else { NANOSLEEP })
+    } else {
+        None
     }
 }
 
