@@ -20,6 +20,8 @@ const RECOVERY: Duration = Duration::from_secs(1);
 
 fn main() {
     torpor_tests::become_subreaper();
+    // SAFETY: no other thread exists yet that could read the environment.
+    unsafe { std::env::set_var("VICTIM_TOLERATES_EINTR", "1") };
     let mut arguments = Arguments::from_args();
     // Each measures time.
     arguments.test_threads = Some(1);
