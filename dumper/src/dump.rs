@@ -53,6 +53,8 @@ pub struct Target {
     survey: Survey,
     /// When it started, which tells it from another of the same pid.
     started: u64,
+    /// Bytes of its anonymous memory, about as many as there are to be copied.
+    anonymous: u64,
 }
 
 /// Where an image goes: a directory, checked and prepared while the process still runs.
@@ -105,7 +107,8 @@ impl Target {
             gadget::find(pid, &maps, &memory)
         })?;
         let started = stat::of_process(pid).map_err(Error::kernel(pid, "reading its stat"))?.starttime;
-        Ok(Target { pid, gadgets, survey, started })
+        let anonymous = maps.iter().map(|m| (m.anonymous_kb + m.swap_kb) * 1024).sum();
+        Ok(Target { pid, gadgets, survey, started, anonymous })
     }
 
     /// What was found.
@@ -115,7 +118,7 @@ impl Target {
 
     /// Stops every thread of the process; a moment later where it is about to take in what a dump would lose.
     pub fn freeze(&self) -> Result<Frozen> {
-        let stage = Stage::for_bytes(self.survey.resident);
+        let stage = Stage::for_bytes(self.anonymous);
         let pidfd = fds::pidfd_open(self.pid).map_err(Error::kernel(self.pid, "opening it"))?;
         let restarts = Restarts::look(self.pid);
         let mut stopped = Stopped::freeze(self.pid)?;

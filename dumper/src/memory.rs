@@ -1,10 +1,13 @@
 //! Copying memory out: which pages, by how many writers, into which files.
 //!
-//! Pages are read through /proc/PID/mem. Its reads are twice as slow as process_vm_readv's, but do not
-//! break the sharing of copy-on-write pages (research/fast.md, 2.1), and see areas without access. Every
+//! Pages are read by process_vm_readv where they belong to the process alone. It pins what it reads, which
+//! makes a copy of every page that is still shared copy-on-write with a relative; those are read through
+//! /proc/PID/mem, at half the speed, and so are areas without access, which only that way shows. Every
 //! writer has a data file of its own, so that none waits for another's inode lock.
 
+use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 
 use torpor_image::extent::{PAGE, Record, Where};
 use torpor_image::vma::Vma;
@@ -140,13 +143,57 @@ fn read_shares(
     })
 }
 
+/// Reads memory of a stopped process.
+struct Reader {
+    pid: Pid,
+    memory: Memory,
+    pagemap: File,
+}
+
+/// Bits of an entry of /proc/PID/pagemap: present, and of this process alone
+/// (Documentation/admin-guide/mm/pagemap.rst).
+const OWN: u64 = 1 << 63 | 1 << 56;
+
+impl Reader {
+    fn open(pid: Pid) -> Result<Self> {
+        let pagemap = File::open(format!("/proc/{pid}/pagemap")).map_err(|e| {
+            Error::kernel(pid, "opening its pagemap")(torpor_kernel::Error::io("open", "pagemap", &e))
+        })?;
+        let memory = Memory::open(pid, false).map_err(Error::kernel(pid, "opening its memory"))?;
+        Ok(Reader { pid, memory, pagemap })
+    }
+
+    /// Fills `bytes` from `address`, chunk by chunk in the better way for each.
+    fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
+        let mut at = address;
+        for chunk in bytes.chunks_mut(CHUNK as usize) {
+            let read = self.own(at, chunk.len())
+                && torpor_kernel::memory::process_vm_read(self.pid, RemoteAddr(at), chunk)
+                    .is_ok_and(|n| n == chunk.len());
+            if !read {
+                self.memory
+                    .read_exact_at(RemoteAddr(at), chunk)
+                    .map_err(Error::kernel(self.pid, "reading its memory"))?;
+            }
+            at += chunk.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Whether every page of a range is there and of this process alone.
+    fn own(&self, address: u64, length: usize) -> bool {
+        let mut entries = [0u8; (CHUNK / PAGE * 8) as usize];
+        let entries = &mut entries[..length / PAGE as usize * 8];
+        self.pagemap.read_exact_at(entries, address / PAGE * 8).is_ok()
+            && entries.as_chunks::<8>().0.iter().all(|e| u64::from_ne_bytes(*e) & OWN == OWN)
+    }
+}
+
 fn read_runs(pid: Pid, runs: &[Run], mut room: &mut [u8]) -> Result<()> {
-    let memory = Memory::open(pid, false).map_err(Error::kernel(pid, "opening its memory"))?;
+    let reader = Reader::open(pid)?;
     for run in runs {
         let (part, rest) = room.split_at_mut((run.end - run.start) as usize);
-        memory
-            .read_exact_at(RemoteAddr(run.start), part)
-            .map_err(Error::kernel(pid, "reading its memory"))?;
+        reader.read(run.start, part)?;
         room = rest;
     }
     Ok(())
@@ -219,7 +266,7 @@ fn split(runs: &[Run], size: u64) -> Vec<Vec<Run>> {
 }
 
 fn copy_runs(pid: Pid, runs: &[Run], file: &mut DataFile, watch: &Watch<'_>) -> Result<Vec<Record>> {
-    let memory = Memory::open(pid, false).map_err(Error::kernel(pid, "opening its memory"))?;
+    let reader = Reader::open(pid)?;
     let mut records: Vec<Record> = Vec::new();
     let mut buffer = vec![0u8; CHUNK as usize];
     for run in runs {
@@ -227,7 +274,7 @@ fn copy_runs(pid: Pid, runs: &[Run], file: &mut DataFile, watch: &Watch<'_>) -> 
         while at < run.end {
             let length = (run.end - at).min(CHUNK);
             let bytes = &mut buffer[..length as usize];
-            memory.read_exact_at(RemoteAddr(at), bytes).map_err(Error::kernel(pid, "reading its memory"))?;
+            reader.read(at, bytes)?;
             store(&mut records, at, bytes, file)?;
             watch.copied(pid, length)?;
             at += length;

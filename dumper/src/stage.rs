@@ -26,7 +26,7 @@ unsafe impl Sync for Stage {}
 impl Stage {
     /// A stage for `bytes` and a little more, or none where that is more than is due.
     pub(crate) fn for_bytes(bytes: u64) -> Option<Self> {
-        let length = (bytes + bytes / 8 + (1 << 20)).next_multiple_of(HUGE);
+        let length = (bytes + bytes / 8 + (128 << 10)).next_multiple_of(HUGE);
         if bytes > LARGEST || length > available() / 4 {
             return None;
         }
