@@ -26,6 +26,18 @@ use crate::{description, inotify, memory, task, vma};
 /// How often the freeze is put off for a program to read its events: 127 ms in all.
 const MOMENTS: u32 = 7;
 
+/// How often, and how long after the last time, a program that was just executed is looked at again: its libc,
+/// from whose code it is entered, is mapped a moment after the program itself.
+const STARTS: u32 = 25;
+const START: std::time::Duration = std::time::Duration::from_millis(2);
+
+/// Searches the code that a process has at this moment.
+fn gadgets_now(pid: Pid) -> Result<Gadgets> {
+    let maps = torpor_kernel::maps::maps(pid).map_err(Error::kernel(pid, "reading its memory map"))?;
+    let memory = Memory::open(pid, false).map_err(|source| Error::Permission { pid, source })?;
+    gadget::find(pid, &maps, &memory)
+}
+
 /// How to dump.
 #[derive(Default)]
 #[non_exhaustive]
@@ -99,13 +111,15 @@ impl Target {
             return Err(Error::Refused { pid, refusals: survey.refusals });
         }
         let memory = Memory::open(pid, false).map_err(|source| Error::Permission { pid, source })?;
-        // A process that is just executing another program has other code a moment later.
-        let gadgets = gadget::find(pid, &maps, &memory).or_else(|_| {
-            let maps =
-                torpor_kernel::maps::maps(pid).map_err(Error::kernel(pid, "reading its memory map"))?;
-            let memory = Memory::open(pid, false).map_err(|source| Error::Permission { pid, source })?;
-            gadget::find(pid, &maps, &memory)
-        })?;
+        let mut gadgets = gadget::find(pid, &maps, &memory);
+        for _ in 0..STARTS {
+            if gadgets.is_ok() {
+                break;
+            }
+            std::thread::sleep(START);
+            gadgets = gadgets_now(pid);
+        }
+        let gadgets = gadgets?;
         let started = stat::of_process(pid).map_err(Error::kernel(pid, "reading its stat"))?.starttime;
         let anonymous = maps.iter().map(|m| (m.anonymous_kb + m.swap_kb) * 1024).sum();
         Ok(Target { pid, gadgets, survey, started, anonymous })
@@ -134,15 +148,21 @@ impl Target {
             return Err(stopped.died("another process has its pid by now"));
         }
         let memory = Memory::open(self.pid, false).map_err(Error::kernel(self.pid, "opening its memory"))?;
-        let gadgets = if gadget::confirm(self.gadgets, &memory) {
-            self.gadgets
-        } else {
-            // It has executed another program since.
-            let maps = torpor_kernel::maps::maps(self.pid)
-                .map_err(Error::kernel(self.pid, "reading its memory map"))?;
-            gadget::find(self.pid, &maps, &memory)?
-        };
-        Ok(Frozen { stopped, gadgets, restarts, stage })
+        if gadget::confirm(self.gadgets, &memory) {
+            return Ok(Frozen { stopped, gadgets: self.gadgets, restarts, stage });
+        }
+        // It has executed another program since, which may have mapped no libc yet.
+        let mut gadgets = gadgets_now(self.pid);
+        for _ in 0..STARTS {
+            if gadgets.is_ok() {
+                break;
+            }
+            stopped.resume();
+            std::thread::sleep(START);
+            stopped = Stopped::freeze(self.pid)?;
+            gadgets = gadgets_now(self.pid);
+        }
+        Ok(Frozen { stopped, gadgets: gadgets?, restarts, stage })
     }
 }
 
