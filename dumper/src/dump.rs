@@ -177,7 +177,7 @@ struct Captured<'s> {
     task: Task,
     objects: Objects,
     losses: Vec<String>,
-    host: Host,
+    vdso: Bytes,
     taken_at: u64,
     times: Times,
     runs_on: bool,
@@ -273,7 +273,7 @@ fn capture<'s>(
         task,
         objects: collector.objects,
         losses: collector.losses,
-        host: host(collected.vdso),
+        vdso: collected.vdso,
         taken_at,
         times: Times {
             freezing: stopped.freezing.as_nanos() as u64,
@@ -307,7 +307,7 @@ impl Captured<'_> {
         let manifest = Manifest {
             torpor: env!("CARGO_PKG_VERSION").to_owned(),
             taken_at: self.taken_at,
-            host: self.host,
+            host: host(self.vdso),
             root,
             tasks: vec![root],
             files: Vec::new(),

@@ -149,8 +149,7 @@ impl Error {
         let doing = doing.into();
         move |source| {
             // /proc/PID gives all sorts of errors for a process that ends just now.
-            let state = || torpor_kernel::status::of_process(pid).map(|s| s.state);
-            if source.is_gone() && state().map_or(true, |s| s == 'Z' || s == 'X') {
+            if source.is_gone() && torpor_kernel::process::is_ending(pid) {
                 return Error::Died { pid, how: doing };
             }
             Error::Kernel { pid, doing, source }

@@ -27,19 +27,15 @@ use torpor_kernel::maps::Mapping;
 use torpor_kernel::memory::Memory;
 use torpor_kernel::ptrace::{self, Stop};
 use torpor_parasite::script::{Outcome, Placed, Script, Surroundings};
-use torpor_parasite::wire::{Context, Heal, command, heal, state};
+use torpor_parasite::wire::{Context, Heal, STACK, TRAPS, command, heal, state};
 
 use crate::error::{Error, Result};
 use crate::freeze::Frozen;
 use crate::gadget::Gadgets;
 
 const PAGE: u64 = 4096;
-/// Stack of the executor: it calls two functions deep.
-const STACK: u64 = 4096;
 /// `si_code` of a signal sent by tgkill (asm-generic/siginfo.h).
 const SI_TKILL: i32 = -6;
-/// Signals whose default is to be ignored, the least used first.
-const TRAPS: [i32; 3] = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD];
 
 /// What a thread looked like when it stopped: enough to put it back.
 #[derive(Clone, Debug)]
@@ -377,7 +373,7 @@ impl<'a> Infected<'a> {
     fn put_aside(&mut self, tid: Tid, signal: i32) -> Result<()> {
         let info = ptrace::signal_info(tid).map_err(self.kernel("reading a signal"))?;
         let code = i32::from_ne_bytes(info[8..12].try_into().expect("four bytes"));
-        if is_fault(signal) && code > 0 {
+        if ptrace::is_fault(signal) && code > 0 {
             return Err(Error::Injection {
                 pid: self.frozen.pid(),
                 what: format!("signal {signal} (code {code}) in thread {tid} while it ran the executor"),
@@ -524,14 +520,6 @@ fn room_on_stack(maps: &[Mapping], regs: &arch::Registers, size: u64, memory: &M
     memory.read_exact_at(RemoteAddr(stack.start), &mut low).ok()?;
     let zero = low.iter().all(|b| *b == 0);
     zero.then_some(Room { at: stack.start, was_zero: Some((stack.start, size)) })
-}
-
-/// Signals that the kernel raises for what the code itself did.
-fn is_fault(signal: i32) -> bool {
-    matches!(
-        signal,
-        libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE | libc::SIGTRAP | libc::SIGSYS
-    )
 }
 
 #[cfg(test)]

@@ -193,6 +193,8 @@ pub(crate) struct uffdio_api {
 }
 const _: () = assert!(size_of::<uffdio_api>() == 24);
 
+/// `stat` flag of a task that is on its way out, long before it is a zombie. include/linux/sched.h
+pub const PF_EXITING: u32 = 0x0000_0004;
 /// include/linux/sched.h (shown in /proc/PID/stat): a kernel thread.
 pub const PF_KTHREAD: u32 = 0x0020_0000;
 

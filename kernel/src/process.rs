@@ -255,6 +255,11 @@ pub fn wait_channel(pid: Pid, tid: Tid) -> Result<String> {
     Ok(String::from_utf8_lossy(&text).trim().to_owned())
 }
 
+/// Whether it has ended or is about to: its memory and files go first, while its state still reads as running.
+pub fn is_ending(pid: Pid) -> bool {
+    stat::of_process(pid).map_or(true, |stat| stat.flags & abi::PF_EXITING != 0)
+}
+
 /// Whether it is a kernel thread.
 pub fn is_kernel_thread(pid: Pid) -> Result<bool> {
     Ok(stat::of_process(pid)?.flags & abi::PF_KTHREAD != 0)

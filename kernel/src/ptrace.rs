@@ -219,6 +219,15 @@ pub fn set_signal_mask(tid: Tid, mask: u64) -> Result<()> {
     request("PTRACE_SETSIGMASK", abi::PTRACE_SETSIGMASK, tid, size_of::<u64>(), address).map(drop)
 }
 
+/// Whether a signal is one that the kernel raises for what the code itself did (signal(7), "synchronously generated
+/// signals").
+pub fn is_fault(signal: i32) -> bool {
+    matches!(
+        signal,
+        libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE | libc::SIGTRAP | libc::SIGSYS
+    )
+}
+
 /// One `siginfo_t`, as the kernel keeps it.
 pub type SignalInfo = [u8; abi::SIGINFO_SIZE];
 

@@ -4,6 +4,12 @@
 //! offsets from the arena's base in the task that runs the script, so that one arena can lie at different
 //! addresses for those outside and inside.
 
+/// Signals that can serve as the trap, the least used first: SIGURG, SIGWINCH, SIGCHLD, whose default is to be
+/// ignored. Their numbers are the same on all architectures of Linux that Torpor knows (signal(7)).
+pub const TRAPS: [i32; 3] = [23, 28, 17];
+/// Bytes of stack for the executor, which calls two functions deep.
+pub const STACK: u64 = 4096;
+
 /// What an operation does.
 pub mod kind {
     /// `syscall(nr, args)`

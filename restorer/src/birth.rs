@@ -5,9 +5,10 @@ use nix::errno::Errno;
 use torpor_blob::ENTRY;
 use torpor_image::task::Task;
 use torpor_kernel::process;
+use torpor_parasite::wire::STACK;
 
 use crate::error::{Error, Result};
-use crate::plan::{STACK, TaskPlan};
+use crate::plan::TaskPlan;
 use crate::thread::CLONE_ARGS;
 
 /// asm-generic/rseq.h and glibc's sysdeps: the signature glibc registers with.

@@ -16,20 +16,17 @@ use torpor_image::task::Task;
 use torpor_image::unix::State;
 use torpor_image::{Bytes, DescriptionId, Image, InodeId};
 use torpor_parasite::script::{Script, Value};
+use torpor_parasite::wire::{STACK, TRAPS};
 
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::{description, epoll, lock, memory, signal, task, thread, timer, vma};
 
-/// Stack of the executor: it calls two functions deep.
-pub(crate) const STACK: u64 = 4096;
 /// Shared words: a new task and its new threads wait for theirs before they do anything.
 pub(crate) const GO_TASK: u32 = 0;
 pub(crate) const GO_THREADS: u32 = 1;
 /// Bytes before the contexts, for the shared words.
 pub(crate) const SHARED: u64 = 64;
-/// Signals whose default is to be ignored, for the trap.
-const TRAPS: [i32; 3] = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD];
 const PAGE: u64 = 4096;
 
 /// How to restore.

@@ -10,13 +10,13 @@ use torpor_image::thread::Thread;
 use torpor_kernel::ids::{Pid, Tid};
 use torpor_kernel::ptrace::{self, Stop};
 use torpor_parasite::script::{OpId, Placed, Script, Surroundings};
-use torpor_parasite::wire::{Context, Heal, command, heal, kind, state};
+use torpor_parasite::wire::{Context, Heal, STACK, command, heal, kind, state};
 
 use crate::arena::Arena;
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::open::Opener;
-use crate::plan::{GO_TASK, GO_THREADS, Layout, Plan, SHARED, STACK, TaskPlan, layout, plan};
+use crate::plan::{GO_TASK, GO_THREADS, Layout, Plan, SHARED, TaskPlan, layout, plan};
 use crate::{birth, inode, terminal};
 
 /// How often a plan is made anew when its place in our memory was taken meanwhile.
@@ -213,7 +213,7 @@ impl Building<'_> {
         loop {
             match ptrace::wait(self.traced[n]).map_err(Error::kernel(self.task.title()))? {
                 Stop::Signal(signal) if signal == plan.trap => break,
-                Stop::Signal(signal) if is_fault(signal) => {
+                Stop::Signal(signal) if ptrace::is_fault(signal) => {
                     return Err(self.died(&format!("signal {signal} in the executor")));
                 }
                 Stop::Exited(code) => return Err(self.died(&format!("exit code {code}"))),
@@ -287,7 +287,7 @@ impl Building<'_> {
                 Stop::Syscall => stops += 1,
                 Stop::Exited(code) => return Err(self.died(&format!("exit code {code}"))),
                 Stop::Killed(signal) => return Err(self.died(&format!("signal {signal}"))),
-                Stop::Signal(signal) if is_fault(signal) => {
+                Stop::Signal(signal) if ptrace::is_fault(signal) => {
                     return Err(self.died(&format!("signal {signal} on leaving the executor")));
                 }
                 Stop::Signal(_) | Stop::Event { .. } => {}
@@ -364,12 +364,4 @@ impl Drop for Building<'_> {
         // Never traced, if that failed; else there is nothing left to wait for.
         let _reaped = ptrace::wait(Tid(self.task.pid.0));
     }
-}
-
-/// Signals that only a fault in the executor can raise, as all others are blocked.
-fn is_fault(signal: i32) -> bool {
-    matches!(
-        signal,
-        libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE | libc::SIGTRAP | libc::SIGSYS
-    )
 }
