@@ -26,6 +26,8 @@ pub(crate) enum Afterwards {
 pub(crate) struct Summary {
     pub(crate) pid: i32,
     pub(crate) name: String,
+    /// The root and all below it.
+    pub(crate) processes: usize,
     pub(crate) threads: u32,
     dir: String,
     /// Of all files of the image but the manifest.
@@ -62,7 +64,7 @@ pub(crate) fn dump(pid: i32, dir: &Path, afterwards: Afterwards, fsync: bool) ->
     let target = Target::find(pid)?;
     let destination = Destination::create(dir, fsync)?;
     let survey = target.survey();
-    let progress = Progress::new("dumping", survey.resident);
+    let progress = Progress::new("dumping", survey.resident());
     let add = |bytes| progress.add(bytes);
     let mut options = Options::default();
     // A process left stopped may be let go at any time.
@@ -87,8 +89,9 @@ pub(crate) fn dump(pid: i32, dir: &Path, afterwards: Afterwards, fsync: bool) ->
 
     Ok(Summary {
         pid,
-        name: survey.name.clone(),
-        threads: survey.threads,
+        name: survey.root().name.clone(),
+        processes: survey.processes.len(),
+        threads: survey.threads(),
         dir: dir.display().to_string(),
         bytes: verify::size(&manifest),
         files: manifest.files.len() + 1,
@@ -108,7 +111,11 @@ fn line(summary: &Summary, afterwards: Afterwards) -> String {
     let Summary { pid, dir, .. } = summary;
     let (name, bytes) = (output::name(&summary.name), output::bytes(summary.bytes));
     let frozen = output::nanoseconds(summary.times.frozen);
-    format!("dumped pid {pid} ({name}) to {dir}: {bytes}, frozen for {frozen}, {now}\n")
+    let more = match summary.processes {
+        0 | 1 => String::new(),
+        n => format!(" and {} below it", output::count(n - 1, "process", "processes")),
+    };
+    format!("dumped pid {pid} ({name}){more} to {dir}: {bytes}, frozen for {frozen}, {now}\n")
 }
 
 /// Signals held back while a process stands: Ctrl-Z at the wrong moment would leave us stopped, and with us
@@ -157,6 +164,7 @@ mod tests {
         let summary = Summary {
             pid: 42,
             name: "a\nb".into(),
+            processes: 1,
             threads: 1,
             dir: "img".into(),
             bytes: 4096,

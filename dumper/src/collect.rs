@@ -4,8 +4,9 @@
 //! (`survey`), and on the frozen one for the image. A collector that meets something it cannot keep
 //! calls [`Collector::refuse`] and goes on, so that one run names everything.
 
-use std::collections::HashMap;
-use std::os::fd::OwnedFd;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::os::fd::{AsFd, OwnedFd};
 
 use torpor_image::description::Objects;
 use torpor_image::extent::Extents;
@@ -17,27 +18,33 @@ use torpor_kernel::ids::Pid;
 use torpor_kernel::sock_diag::{InetSocket, UnixSocket};
 
 use crate::error::{Error, Refusal, Result};
+use crate::freeze;
 
 /// Where the bytes of an inode that goes into the image come from.
 #[derive(Debug)]
 pub(crate) enum Content {
     /// A descriptor of ours, open for reading.
     File(OwnedFd),
-    /// The memory of the process: `(address, offset in the inode, length)`.
-    Mapped(Vec<(u64, u64, u64)>),
+    /// The memory of a process: `(address, offset in the inode, length)`.
+    Mapped(Pid, Vec<(u64, u64, u64)>),
 }
 
 /// The state of a collection.
 #[derive(Debug)]
 pub(crate) struct Collector {
+    /// The process that is looked at now, by a thread of it that lives.
     pub(crate) pid: Pid,
-    /// The process runs: contents and sharing, which may change at any moment, are left out.
+    /// The processes run: contents, which may change at any moment, are left out.
     pub(crate) live: bool,
-    pub(crate) pidfd: OwnedFd,
+    /// Processes of the tree.
+    pub(crate) members: BTreeSet<i32>,
     pub(crate) objects: Objects,
     pub(crate) refusals: Vec<Refusal>,
     pub(crate) losses: Vec<String>,
     pub(crate) contents: Vec<(InodeId, Content)>,
+    /// Inode numbers of the sockets that members have descriptors for.
+    pub(crate) sockets: HashSet<u32>,
+    pidfds: HashMap<Pid, OwnedFd>,
     inodes: HashMap<(u64, u64), InodeId>,
     pipes: HashMap<(u64, u64), PipeId>,
     unix: Option<HashMap<u32, UnixSocket>>,
@@ -45,15 +52,14 @@ pub(crate) struct Collector {
 }
 
 impl Collector {
-    pub(crate) fn new(pid: Pid, live: bool) -> Result<Self> {
-        let pidfd = fds::pidfd_open(pid).map_err(|e| match e {
-            e if e.is_gone() => Error::NoProcess(pid),
-            e => Error::kernel(pid, "opening it")(e),
-        })?;
-        Ok(Collector {
+    /// A collection of a tree whose root is `pid`.
+    pub(crate) fn new(pid: Pid, live: bool) -> Self {
+        Collector {
             pid,
             live,
-            pidfd,
+            members: BTreeSet::from([pid.0]),
+            sockets: HashSet::new(),
+            pidfds: HashMap::new(),
             objects: Objects::default(),
             refusals: Vec::new(),
             losses: Vec::new(),
@@ -62,12 +68,52 @@ impl Collector {
             pipes: HashMap::new(),
             unix: None,
             inet: None,
-        })
+        }
+    }
+
+    /// Looks at another process of the tree, by a thread of it that lives.
+    pub(crate) fn turn_to(&mut self, pid: Pid) {
+        self.pid = pid;
+    }
+
+    /// Whether a process belongs to the tree.
+    pub(crate) fn is_member(&self, pid: i32) -> bool {
+        self.members.contains(&pid)
+    }
+
+    /// Whether a process of the tree has a descriptor for socket `inode`.
+    pub(crate) fn owns_socket(&self, inode: u32) -> bool {
+        self.sockets.contains(&inode)
+    }
+
+    /// A descriptor of ours for the same description as `fd` of process `pid`, which may be this one.
+    pub(crate) fn getfd(&mut self, pid: Pid, fd: i32) -> torpor_kernel::Result<OwnedFd> {
+        let pidfd = match self.pidfds.entry(pid) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(fds::pidfd_open(pid)?),
+        };
+        fds::getfd(pidfd.as_fd(), fd)
     }
 
     /// Notes something that a dump would lose.
     pub(crate) fn refuse(&mut self, object: impl Into<String>, why: impl Into<String>, remedy: &str) {
-        self.refusals.push(Refusal { object: object.into(), why: why.into(), remedy: remedy.into() });
+        let object = self.named(object.into());
+        self.refusals.push(Refusal { object, why: why.into(), remedy: remedy.into() });
+    }
+
+    /// Notes something that the image goes without.
+    pub(crate) fn lose(&mut self, what: impl Into<String>) {
+        let what = self.named(what.into());
+        self.losses.push(what);
+    }
+
+    /// With the process in front, where there are several.
+    fn named(&self, object: String) -> String {
+        if self.members.len() > 1 {
+            format!("pid {} ({}): {object}", self.pid, freeze::name_of(self.pid.0))
+        } else {
+            object
+        }
     }
 
     /// The number of an inode, if it was met before.

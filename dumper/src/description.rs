@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::sys::stat::SFlag;
 use torpor_image::description::{Description, Kind, Owner};
@@ -11,6 +11,7 @@ use torpor_image::task::Descriptor;
 use torpor_image::{Bytes, DescriptionId};
 use torpor_kernel::fdinfo::{Detail, FdInfo, LockKind};
 use torpor_kernel::fds::{self, KcmpType};
+use torpor_kernel::ids::Pid;
 
 use crate::collect::Collector;
 use crate::error::{Error, Result};
@@ -23,7 +24,10 @@ const F_GETOWN_EX: i32 = 16;
 const O_CLOEXEC: u32 = 0o2_000_000;
 
 /// One descriptor, as far as it is known before its kind is.
+#[derive(Debug)]
 pub(crate) struct Found {
+    /// In whose descriptor table it is.
+    pub(crate) pid: Pid,
     pub(crate) fd: i32,
     pub(crate) link: Vec<u8>,
     pub(crate) stat: libc::stat,
@@ -42,9 +46,10 @@ impl Found {
     }
 
     /// A descriptor of ours for the same description.
-    pub(crate) fn get(&self, collector: &Collector) -> Result<OwnedFd> {
-        fds::getfd(collector.pidfd.as_fd(), self.fd)
-            .map_err(Error::kernel(collector.pid, format!("reaching {}", self.title())))
+    pub(crate) fn get(&self, collector: &mut Collector) -> Result<OwnedFd> {
+        collector
+            .getfd(self.pid, self.fd)
+            .map_err(Error::kernel(self.pid, format!("reaching {}", self.title())))
     }
 }
 
@@ -55,53 +60,22 @@ pub(crate) struct Table {
     pub(crate) locks: Vec<PosixLock>,
 }
 
-/// Collects the descriptor table. On a running process a descriptor that vanishes is left out.
-pub(crate) fn collect(collector: &mut Collector) -> Result<Table> {
-    let pid = collector.pid;
+/// Every descriptor of a process. One that vanishes meanwhile, as happens to a running process, is left out.
+pub(crate) fn look(pid: Pid) -> Result<Vec<Found>> {
     let mut all = Vec::new();
     for fd in fds::list(pid).map_err(Error::kernel(pid, "listing its descriptors"))? {
-        match look(collector, fd) {
+        match look_at(pid, fd) {
             Ok(found) => all.push(found),
             Err(e) if e.is_gone() => {}
             Err(e) => return Err(Error::kernel(pid, format!("reading fd {fd}"))(e)),
         }
     }
-    let owner = same_description(collector, &all)?;
-    let mut table = Table::default();
-    let mut ids: HashMap<usize, Option<DescriptionId>> = HashMap::new();
-    let mut sets = Vec::new();
-    for (i, found) in all.iter().enumerate() {
-        let first = owner[i];
-        let id = match ids.get(&first) {
-            Some(id) => *id,
-            None => {
-                let id = describe(collector, &all, &all[first])?;
-                if let (Some(id), Detail::Epoll(_)) = (id, &all[first].info.detail) {
-                    sets.push((id, first));
-                }
-                ids.insert(first, id);
-                id
-            }
-        };
-        if let Some(description) = id {
-            table.descriptors.push(Descriptor {
-                fd: found.fd,
-                description,
-                close_on_exec: found.info.cloexec(),
-            });
-        }
-    }
-    for (id, i) in sets {
-        let targets = epoll::targets(collector, &all[i], &table)?;
-        collector.objects.descriptions[id.0 as usize].kind = Kind::Epoll(targets);
-    }
-    table.locks = posix_locks(collector, &all, &table);
-    Ok(table)
+    Ok(all)
 }
 
-fn look(collector: &Collector, fd: i32) -> torpor_kernel::Result<Found> {
-    let pid = collector.pid;
+fn look_at(pid: Pid, fd: i32) -> torpor_kernel::Result<Found> {
     Ok(Found {
+        pid,
         fd,
         link: fds::readlink(pid, fd)?,
         stat: fds::stat(pid, fd)?,
@@ -109,12 +83,61 @@ fn look(collector: &Collector, fd: i32) -> torpor_kernel::Result<Found> {
     })
 }
 
-/// For each descriptor the first one with the same description. Candidates have the same inode, flags and
-/// position; among them kcmp decides, which gives an order, so that each is found by bisection (kcmp(2)).
-fn same_description(collector: &Collector, all: &[Found]) -> Result<Vec<usize>> {
-    if collector.live {
-        return Ok((0..all.len()).collect());
+/// Collects what is behind the descriptors of a whole tree, `all` of them by process. Gives the tables in the
+/// same order.
+pub(crate) fn collect(collector: &mut Collector, all: Vec<Vec<Found>>) -> Result<Vec<Table>> {
+    let counts: Vec<usize> = all.iter().map(Vec::len).collect();
+    let all: Vec<Found> = all.into_iter().flatten().collect();
+    let sockets = all.iter().filter(|f| f.file_type() == SFlag::S_IFSOCK).map(|f| f.stat.st_ino as u32);
+    collector.sockets.extend(sockets);
+    let mut ends: HashMap<(u64, u64), Vec<&Found>> = HashMap::new();
+    for found in all.iter().filter(|f| f.file_type() == SFlag::S_IFIFO) {
+        ends.entry((found.stat.st_dev, found.stat.st_ino)).or_default().push(found);
     }
+    let owner = same_description(collector, &all)?;
+    let mut ids: HashMap<usize, Option<DescriptionId>> = HashMap::new();
+    let mut sets = Vec::new();
+    let mut tables = Vec::with_capacity(counts.len());
+    let mut next = 0;
+    for count in counts {
+        let mut table = Table::default();
+        for i in next..next + count {
+            let (found, first) = (&all[i], owner[i]);
+            let id = match ids.get(&first) {
+                Some(id) => *id,
+                None => {
+                    collector.turn_to(all[first].pid);
+                    let id = describe(collector, &ends, &all[first])?;
+                    if let (Some(id), Detail::Epoll(_)) = (id, &all[first].info.detail) {
+                        sets.push((id, first));
+                    }
+                    ids.insert(first, id);
+                    id
+                }
+            };
+            if let Some(description) = id {
+                let close_on_exec = found.info.cloexec();
+                table.descriptors.push(Descriptor { fd: found.fd, description, close_on_exec });
+            }
+        }
+        table.locks = posix_locks(collector, &all[next..next + count], &table);
+        tables.push(table);
+        next += count;
+    }
+    let known: Vec<(Pid, i32, DescriptionId)> =
+        all.iter().enumerate().filter_map(|(i, f)| Some((f.pid, f.fd, ids[&owner[i]]?))).collect();
+    for (id, i) in sets {
+        collector.turn_to(all[i].pid);
+        let targets = epoll::targets(collector, &all[i], &known);
+        collector.objects.descriptions[id.0 as usize].kind = Kind::Epoll(targets);
+    }
+    Ok(tables)
+}
+
+/// For each descriptor the first one with the same description, of whichever process. Candidates have the same
+/// inode, flags and position; among them kcmp decides, which gives an order, so that each is found by
+/// bisection (kcmp(2)).
+fn same_description(collector: &Collector, all: &[Found]) -> Result<Vec<usize>> {
     let mut buckets: HashMap<(u64, u64, u32, u64), Vec<usize>> = HashMap::new();
     let mut owner = Vec::with_capacity(all.len());
     for (i, found) in all.iter().enumerate() {
@@ -124,17 +147,17 @@ fn same_description(collector: &Collector, all: &[Found]) -> Result<Vec<usize>> 
         let mut first = i;
         while low < high {
             let middle = (low + high) / 2;
-            let (a, b) = (all[bucket[middle]].fd as u64, found.fd as u64);
-            match fds::kcmp(collector.pid, collector.pid, KcmpType::File, a, b) {
+            let other = &all[bucket[middle]];
+            match fds::kcmp(other.pid, found.pid, KcmpType::File, other.fd as u64, found.fd as u64) {
                 Ok(Ordering::Equal) => {
                     first = bucket[middle];
                     break;
                 }
                 Ok(Ordering::Less) => low = middle + 1,
                 Ok(Ordering::Greater) => high = middle,
-                // Closed since, which happens to a running process only.
-                Err(e) if e.errno() == Some(nix::errno::Errno::EBADF) => break,
-                Err(e) => return Err(Error::kernel(collector.pid, "comparing descriptors")(e)),
+                // Closed since, or the process is gone, which happens to running ones only.
+                Err(_) if collector.live => break,
+                Err(e) => return Err(Error::kernel(found.pid, "comparing descriptors")(e)),
             }
         }
         if first == i {
@@ -146,8 +169,12 @@ fn same_description(collector: &Collector, all: &[Found]) -> Result<Vec<usize>> 
 }
 
 /// Makes the description behind `found`; `None` when it was refused.
-fn describe(collector: &mut Collector, all: &[Found], found: &Found) -> Result<Option<DescriptionId>> {
-    let Some(kind) = kind(collector, all, found)? else { return Ok(None) };
+fn describe(
+    collector: &mut Collector,
+    ends: &HashMap<(u64, u64), Vec<&Found>>,
+    found: &Found,
+) -> Result<Option<DescriptionId>> {
+    let Some(kind) = kind(collector, ends, found)? else { return Ok(None) };
     let id = DescriptionId(collector.objects.descriptions.len() as u32);
     let flock = flock(collector, found);
     let asks = !collector.live && found.info.flags & libc::O_PATH as u32 == 0;
@@ -163,7 +190,11 @@ fn describe(collector: &mut Collector, all: &[Found], found: &Found) -> Result<O
     Ok(Some(id))
 }
 
-fn kind(collector: &mut Collector, all: &[Found], found: &Found) -> Result<Option<Kind>> {
+fn kind(
+    collector: &mut Collector,
+    ends: &HashMap<(u64, u64), Vec<&Found>>,
+    found: &Found,
+) -> Result<Option<Kind>> {
     let unsupported = |collector: &mut Collector, what: &str| {
         collector.refuse(found.title(), format!("{what} cannot be dumped"), "close it before the dump");
         Ok(None)
@@ -186,7 +217,10 @@ fn kind(collector: &mut Collector, all: &[Found], found: &Found) -> Result<Optio
     }
     match found.file_type() {
         SFlag::S_IFSOCK if found.link.starts_with(b"socket:[") => socket(collector, found),
-        SFlag::S_IFIFO => pipe::collect(collector, all, found),
+        SFlag::S_IFIFO => {
+            let ends = ends.get(&(found.stat.st_dev, found.stat.st_ino)).map_or(&[][..], Vec::as_slice);
+            pipe::collect(collector, ends, found)
+        }
         SFlag::S_IFCHR if terminal::is_terminal(found.stat.st_rdev) => terminal::collect(collector, found),
         SFlag::S_IFREG | SFlag::S_IFDIR => inode::of_descriptor(collector, found),
         SFlag::S_IFCHR if inode::is_plain_device(found.stat.st_rdev) => {
@@ -272,7 +306,7 @@ fn posix_locks(collector: &Collector, all: &[Found], table: &Table) -> Vec<Posix
     locks
 }
 
-fn owner(collector: &Collector, found: &Found) -> Result<Option<Owner>> {
+fn owner(collector: &mut Collector, found: &Found) -> Result<Option<Owner>> {
     let fd = found.get(collector)?;
     let mut owner = [0i32; 2];
     // SAFETY: F_GETOWN_EX fills a `struct f_owner_ex`, two ints; F_GETSIG takes nothing.

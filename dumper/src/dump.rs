@@ -1,29 +1,30 @@
 //! From a pid to an image: survey, freeze, collect, copy, write.
 
-use std::os::fd::AsFd;
+use std::collections::HashMap;
 use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use torpor_image::Bytes;
 use torpor_image::description::Objects;
 use torpor_image::manifest::{Host, Manifest, Times};
 use torpor_image::task::Task;
 use torpor_image::write::{DataFile, ImageWriter};
+use torpor_image::zombie::Zombie;
+use torpor_image::{Bytes, Pid as ImagePid};
 use torpor_kernel::ids::Pid;
 use torpor_kernel::memory::Memory;
-use torpor_kernel::{fds, stat, status};
+use torpor_kernel::{stat, status};
 
 use crate::collect::Collector;
 use crate::error::{Error, Result};
-use crate::freeze::Frozen as Stopped;
-use crate::gadget::{self, Gadgets};
-use crate::memory::{Copied, Watch};
+use crate::freeze::{Frozen as Stopped, FrozenTree};
+use crate::gadget::{self, Gadgets, Known};
+use crate::memory::{Copied, Space, Watch};
 use crate::restart::Restarts;
 use crate::stage::Stage;
 use crate::survey::{self, Survey};
-use crate::{description, inotify, memory, task, vma};
+use crate::{description, inotify, memory, sharing, task, vma};
 
-/// How often the freeze is put off for a program to read its events: 127 ms in all.
+/// How often the freeze is put off for programs to take in what a dump would lose: 127 ms in all.
 const MOMENTS: u32 = 7;
 
 /// How often, and how long after the last time, a program that was just executed is looked at again: its libc,
@@ -32,10 +33,10 @@ const STARTS: u32 = 25;
 const START: std::time::Duration = std::time::Duration::from_millis(2);
 
 /// Searches the code that a process has at this moment.
-fn gadgets_now(pid: Pid) -> Result<Gadgets> {
+fn gadgets_now(known: &mut Known, pid: Pid) -> Result<Gadgets> {
     let maps = torpor_kernel::maps::maps(pid).map_err(Error::kernel(pid, "reading its memory map"))?;
     let memory = Memory::open(pid, false).map_err(|source| Error::Permission { pid, source })?;
-    gadget::find(pid, &maps, &memory)
+    known.find(pid, &maps, &memory)
 }
 
 /// How to dump.
@@ -57,15 +58,16 @@ impl Options<'_> {
     }
 }
 
-/// A running process that can be dumped.
+/// A running tree that can be dumped.
 #[derive(Debug)]
 pub struct Target {
-    pid: Pid,
-    gadgets: Gadgets,
+    root: Pid,
+    gadgets: HashMap<Pid, Gadgets>,
+    known: Known,
     survey: Survey,
-    /// When it started, which tells it from another of the same pid.
+    /// When the root started, which tells it from another of the same pid.
     started: u64,
-    /// Bytes of its anonymous memory, about as many as there are to be copied.
+    /// Bytes of anonymous memory, about as many as there are to be copied.
     anonymous: u64,
 }
 
@@ -86,11 +88,11 @@ impl Destination {
     }
 }
 
-/// A process that stands still. Dropped, it goes on.
+/// A tree that stands still. Dropped, it goes on.
 #[derive(Debug)]
 pub struct Frozen {
-    stopped: Stopped,
-    gadgets: Gadgets,
+    stopped: FrozenTree,
+    gadgets: HashMap<Pid, Gadgets>,
     restarts: Restarts,
     stage: Option<Stage>,
 }
@@ -103,26 +105,44 @@ pub struct Dumped {
 }
 
 impl Target {
-    /// Looks at a process and everything it owns without stopping it; refuses what a dump would lose.
+    /// Looks at a process, at all below it and at everything they own without stopping anything; refuses what a
+    /// dump would lose.
     pub fn find(pid: i32) -> Result<Self> {
-        let pid = Pid(pid);
-        let (survey, maps) = survey::survey(pid)?;
+        let root = Pid(pid);
+        let (survey, maps) = survey::survey(root)?;
         if !survey.refusals.is_empty() {
-            return Err(Error::Refused { pid, refusals: survey.refusals });
+            return Err(Error::Refused { pid: root, refusals: survey.refusals });
         }
-        let memory = Memory::open(pid, false).map_err(|source| Error::Permission { pid, source })?;
-        let mut gadgets = gadget::find(pid, &maps, &memory);
+        let mut known = Known::default();
+        let mut gadgets = HashMap::new();
+        let mut anonymous = 0;
+        for (pid, maps) in &maps {
+            anonymous += maps.iter().map(|m| (m.anonymous_kb + m.swap_kb) * 1024).sum::<u64>();
+            match Self::enter(&mut known, *pid, maps) {
+                Ok(found) => {
+                    gadgets.insert(*pid, found);
+                }
+                Err(e) if *pid == root => return Err(e),
+                // It may have ended, or be just executed: it is looked at again when it stands.
+                Err(_later) => {}
+            }
+        }
+        let started = stat::of_process(root).map_err(Error::kernel(root, "reading its stat"))?.starttime;
+        Ok(Target { root, gadgets, known, survey, started, anonymous })
+    }
+
+    fn enter(known: &mut Known, pid: Pid, maps: &[torpor_kernel::maps::Mapping]) -> Result<Gadgets> {
+        let living = survey::living(pid);
+        let memory = Memory::open(living, false).map_err(|source| Error::Permission { pid, source })?;
+        let mut gadgets = known.find(living, maps, &memory);
         for _ in 0..STARTS {
             if gadgets.is_ok() {
                 break;
             }
             std::thread::sleep(START);
-            gadgets = gadgets_now(pid);
+            gadgets = gadgets_now(known, living);
         }
-        let gadgets = gadgets?;
-        let started = stat::of_process(pid).map_err(Error::kernel(pid, "reading its stat"))?.starttime;
-        let anonymous = maps.iter().map(|m| (m.anonymous_kb + m.swap_kb) * 1024).sum();
-        Ok(Target { pid, gadgets, survey, started, anonymous })
+        gadgets
     }
 
     /// What was found.
@@ -130,51 +150,62 @@ impl Target {
         &self.survey
     }
 
-    /// Stops every thread of the process; a moment later where it is about to take in what a dump would lose.
+    /// Stops every thread of every process of the tree; a moment later where one is about to take in what a dump
+    /// would lose, or has not mapped its libc yet.
     pub fn freeze(&self) -> Result<Frozen> {
         let stage = Stage::for_bytes(self.anonymous);
-        let pidfd = fds::pidfd_open(self.pid).map_err(Error::kernel(self.pid, "opening it"))?;
-        let restarts = Restarts::look(self.pid);
-        let mut stopped = Stopped::freeze(self.pid)?;
-        for attempt in 0..MOMENTS {
-            if !inotify::unread(self.pid, pidfd.as_fd()) {
-                break;
+        let restarts = Restarts::look(self.survey.processes.iter().map(|p| p.pid));
+        let mut known = self.known.clone();
+        let mut starts = 0;
+        let mut moments = 0;
+        loop {
+            let mut stopped = FrozenTree::freeze(self.root)?;
+            if stat::of_process(self.root).is_ok_and(|s| s.starttime != self.started) {
+                return Err(stopped.root().died("another process has its pid by now"));
             }
-            stopped.resume();
-            std::thread::sleep(std::time::Duration::from_millis(1 << attempt));
-            stopped = Stopped::freeze(self.pid)?;
-        }
-        if stat::of_process(self.pid).is_ok_and(|s| s.starttime != self.started) {
-            return Err(stopped.died("another process has its pid by now"));
-        }
-        let memory = Memory::open(self.pid, false).map_err(Error::kernel(self.pid, "opening its memory"))?;
-        if gadget::confirm(self.gadgets, &memory) {
-            return Ok(Frozen { stopped, gadgets: self.gadgets, restarts, stage });
-        }
-        // It has executed another program since, which may have mapped no libc yet.
-        let mut gadgets = gadgets_now(self.pid);
-        for _ in 0..STARTS {
-            if gadgets.is_ok() {
-                break;
+            if moments < MOMENTS && stopped.processes.iter().any(|p| inotify::unread(p.living())) {
+                stopped.release();
+                std::thread::sleep(std::time::Duration::from_millis(1 << moments));
+                moments += 1;
+                continue;
             }
-            stopped.resume();
-            std::thread::sleep(START);
-            stopped = Stopped::freeze(self.pid)?;
-            gadgets = gadgets_now(self.pid);
+            match self.gadgets_of(&stopped, &mut known) {
+                Ok(gadgets) => return Ok(Frozen { stopped, gadgets, restarts, stage }),
+                Err(e) if starts == STARTS => return Err(e),
+                // One has executed another program since, which may have mapped no libc yet.
+                Err(_) => {
+                    stopped.release();
+                    std::thread::sleep(START);
+                    starts += 1;
+                }
+            }
         }
-        Ok(Frozen { stopped, gadgets: gadgets?, restarts, stage })
+    }
+
+    /// By which code each process can be entered.
+    fn gadgets_of(&self, stopped: &FrozenTree, known: &mut Known) -> Result<HashMap<Pid, Gadgets>> {
+        let of = |known: &mut Known, process: &Stopped| {
+            let pid = process.living();
+            let memory = Memory::open(pid, false).map_err(Error::kernel(pid, "opening its memory"))?;
+            match self.gadgets.get(&process.pid()) {
+                Some(gadgets) if gadget::confirm(*gadgets, &memory) => Ok(*gadgets),
+                _ => gadgets_now(known, pid),
+            }
+        };
+        stopped.processes.iter().map(|p| Ok((p.pid(), of(known, p)?))).collect()
     }
 }
 
-/// Everything of a process at one instant: it may go on, or be ended, whatever happens to this.
+/// Everything of a tree at one instant: it may go on, or be ended, whatever happens to this.
 #[derive(Debug)]
 struct Captured<'s> {
-    pid: Pid,
+    root: Pid,
     writer: ImageWriter,
     files: Vec<DataFile>,
     pages: Copied,
     stage: Option<&'s Stage>,
-    task: Task,
+    tasks: Vec<Task>,
+    zombies: Vec<Zombie>,
     objects: Objects,
     losses: Vec<String>,
     vdso: Bytes,
@@ -184,96 +215,131 @@ struct Captured<'s> {
 }
 
 impl Frozen {
-    /// The process.
+    /// The root of the tree.
     pub fn pid(&self) -> i32 {
-        self.stopped.pid().0
+        self.stopped.root().pid().0
     }
 
-    /// Writes an image of the process. The process stands afterwards as before, also on error.
+    /// Writes an image of the tree. It stands afterwards as before, also on error.
     pub fn dump(&mut self, to: Destination, options: &Options<'_>) -> Result<Dumped> {
-        capture(&mut self.stopped, (self.gadgets, &self.restarts), self.stage.as_mut(), to, options)?
+        capture(&mut self.stopped, (&self.gadgets, &self.restarts), self.stage.as_mut(), to, options)?
             .finish(options)
     }
 
-    /// Writes an image of the process, letting it go on as soon as it has been captured: a small one before
-    /// its image is written.
+    /// Writes an image of the tree, letting it go on as soon as it has been captured: a small one before its
+    /// image is written.
     pub fn dump_and_resume(mut self, to: Destination, options: &Options<'_>) -> Result<Dumped> {
         let Frozen { stopped, gadgets, restarts, stage } = &mut self;
-        let captured = capture(stopped, (*gadgets, restarts), stage.as_mut(), to, options)?;
+        let captured = capture(stopped, (gadgets, restarts), stage.as_mut(), to, options)?;
         stopped.release();
         captured.finish(options)
     }
 
-    /// How long the process has been standing still.
+    /// How long the tree has been standing still.
     pub fn standing(&self) -> std::time::Duration {
         self.stopped.since.elapsed()
     }
 
-    /// Ends the process and waits until it is gone.
+    /// Ends the tree and waits until it is gone.
     pub fn kill(self) -> Result<()> {
         self.stopped.kill()
     }
 
-    /// Lets the process go on.
-    pub fn resume(self) {
-        self.stopped.resume();
+    /// Lets the tree go on.
+    pub fn resume(mut self) {
+        self.stopped.release();
     }
 
-    /// Leaves the process stopped, as by SIGSTOP.
+    /// Leaves every process of the tree stopped, as by SIGSTOP.
     pub fn keep_stopped(self) -> Result<()> {
         self.stopped.keep_stopped()
     }
 }
 
-/// Captures a stopped process: after this nothing of the image depends on it any more.
+/// Captures a stopped tree: after this nothing of the image depends on it any more.
 fn capture<'s>(
-    stopped: &mut Stopped,
-    known: (Gadgets, &Restarts),
+    stopped: &mut FrozenTree,
+    known: (&HashMap<Pid, Gadgets>, &Restarts),
     mut stage: Option<&'s mut Stage>,
     to: Destination,
     options: &Options<'_>,
 ) -> Result<Captured<'s>> {
-    let pid = stopped.pid();
+    let root = stopped.root().pid();
     let Destination { mut writer, mut files } = to;
-
     let taken_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
 
-    let mut collector = Collector::new(pid, false)?;
-    let status = status::of_process(pid).map_err(Error::kernel(pid, "reading its status"))?;
-    survey::refuse_process(&mut collector, &status)?;
+    let mut collector = Collector::new(stopped.root().living(), false);
+    collector.members = stopped.processes.iter().map(|p| p.pid().0).collect();
+    let shares = sharing::collect(&stopped.processes)?;
     // Descriptors first: through them files can be opened that only a privilege opens by their mappings.
-    let table = description::collect(&mut collector)?;
-    let maps = vma::read(&collector)?;
-    let vmas = vma::collect(&mut collector, &maps)?;
-    task::exe(&mut collector)?;
+    let mut all = Vec::with_capacity(stopped.processes.len());
+    for (process, shares) in stopped.processes.iter().zip(&shares) {
+        let own = shares.descriptors.is_none();
+        all.push(if own { description::look(process.living())? } else { Vec::new() });
+    }
+    let tables = description::collect(&mut collector, all)?;
+    let mut spaces = Vec::with_capacity(tables.len());
+    for process in &stopped.processes {
+        let pid = process.living();
+        collector.turn_to(pid);
+        let status = status::of_process(pid).map_err(Error::kernel(pid, "reading its status"))?;
+        survey::refuse_process(&mut collector, process.pid() == root, &status)?;
+        let maps = vma::read(&collector)?;
+        let vmas = vma::collect(&mut collector, &maps)?;
+        task::exe(&mut collector)?;
+        spaces.push((maps, vmas));
+    }
     // What the survey saw may have changed before the freeze.
     if !collector.refusals.is_empty() {
-        return Err(Error::Refused { pid, refusals: collector.refusals });
+        return Err(Error::Refused { pid: root, refusals: collector.refusals });
     }
-    let collected = task::collect(&mut collector, stopped, known, &maps, vmas, table)?;
-    let task = collected.task;
+    let mut tasks: Vec<Task> = Vec::with_capacity(tables.len());
+    let mut vdso = Bytes::default();
+    for (i, (table, (maps, vmas))) in tables.into_iter().zip(spaces).enumerate() {
+        let process = &mut stopped.processes[i];
+        collector.turn_to(process.living());
+        let gadgets = *known.0.get(&process.pid()).ok_or_else(|| process.died("it is another one now"))?;
+        let collected = task::collect(&mut collector, process, (gadgets, known.1), &maps, vmas, table)?;
+        tasks.push(Task { shares: shares[i], ..collected.task });
+        if vdso.is_empty() {
+            vdso = collected.vdso;
+        }
+    }
+    let zombies = stopped.zombies.iter().map(|pid| zombie(*pid)).collect::<Result<_>>()?;
 
     let begin = Instant::now();
     let watch = options.watch();
     if let Some(stage) = stage.as_deref_mut() {
         stage.clear();
     }
-    let pages = memory::copy(pid, &task.memory.vmas, stage.as_deref_mut(), &mut files, &watch)?;
+    let parents = |task: &Task| tasks.iter().position(|t| t.pid == task.ppid);
+    let spaces: Vec<Space<'_>> = tasks
+        .iter()
+        .zip(&stopped.processes)
+        .map(|(task, process)| Space {
+            pid: process.living(),
+            // Memory that is another's is in the image once.
+            vmas: if task.shares.memory.is_some() { &[] } else { &task.memory.vmas },
+            parent: parents(task),
+        })
+        .collect();
+    let pages = memory::copy(&spaces, stage.as_deref_mut(), &mut files, &watch)?;
     for (id, content) in std::mem::take(&mut collector.contents) {
         let size = collector.objects.inodes[id.0 as usize].size;
-        let extents = memory::copy_inode(pid, &content, size, &mut files[0], &mut writer, &watch)?;
+        let extents = memory::copy_inode(root, &content, size, &mut files[0], &mut writer, &watch)?;
         collector.set_extents(id, extents);
     }
     Ok(Captured {
-        pid,
+        root,
         writer,
         files,
         pages,
         stage: stage.map(|s| &*s),
-        task,
+        tasks,
+        zombies,
         objects: collector.objects,
         losses: collector.losses,
-        vdso: collected.vdso,
+        vdso,
         taken_at,
         times: Times {
             freezing: stopped.freezing.as_nanos() as u64,
@@ -284,32 +350,42 @@ fn capture<'s>(
     })
 }
 
+/// What is left of a process that has ended.
+fn zombie(pid: Pid) -> Result<Zombie> {
+    let stat = stat::of_process(pid).map_err(Error::kernel(pid, "reading its stat"))?;
+    Ok(Zombie {
+        pid: ImagePid(pid.0),
+        ppid: ImagePid(stat.ppid),
+        pgid: ImagePid(stat.pgrp),
+        sid: ImagePid(stat.session),
+        name: stat.comm.into(),
+        status: stat.exit_code,
+        exit_signal: stat.exit_signal,
+    })
+}
+
 impl Captured<'_> {
     /// Writes what is left to be written and gives the image its name.
     fn finish(mut self, options: &Options<'_>) -> Result<Dumped> {
         let watch = options.watch();
-        let records = match (self.pages, self.stage) {
-            (Copied::Written(records), _) => records,
-            (Copied::Staged { runs, guards }, Some(stage)) => {
-                memory::write_staged(self.pid, &runs, guards, stage, &mut self.files[0], &watch)?
-            }
-            (Copied::Staged { .. }, None) => {
-                return Err(Error::Inconsistent { pid: self.pid, what: "the stage is gone".into() });
-            }
-        };
-        self.task.memory.pages = self.writer.add_records(&records);
+        let records = self.pages.finish(self.root, self.stage, &mut self.files[0], &watch)?;
+        for (task, records) in self.tasks.iter_mut().zip(&records) {
+            task.memory.pages = self.writer.add_records(records);
+        }
         for file in self.files {
             self.writer.add_data_file(file)?;
         }
-        self.writer.add_task(&self.task)?;
+        for task in &self.tasks {
+            self.writer.add_task(task)?;
+        }
         self.writer.add_objects(&self.objects)?;
-        let root = self.task.pid;
         let manifest = Manifest {
             torpor: env!("CARGO_PKG_VERSION").to_owned(),
             taken_at: self.taken_at,
             host: host(self.vdso),
-            root,
-            tasks: vec![root],
+            root: ImagePid(self.root.0),
+            tasks: self.tasks.iter().map(|t| t.pid).collect(),
+            zombies: self.zombies,
             files: Vec::new(),
             ran_on: self.runs_on,
             not_captured: self.losses,

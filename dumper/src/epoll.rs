@@ -3,13 +3,14 @@
 //! A set holds open file descriptions under the numbers they were added by; the number may be closed or
 //! mean another description since. `kcmp(KCMP_EPOLL_TFD)` tells which descriptor it really is.
 
+use torpor_image::DescriptionId;
 use torpor_image::description::Kind;
 use torpor_image::epoll::{Epoll, EpollTarget};
 use torpor_kernel::fdinfo::Detail;
+use torpor_kernel::ids::Pid;
 
 use crate::collect::Collector;
-use crate::description::{Found, Table};
-use crate::error::Result;
+use crate::description::Found;
 
 /// linux/kcmp.h
 const KCMP_EPOLL_TFD: i32 = 7;
@@ -27,45 +28,46 @@ pub(crate) fn collect() -> Kind {
     Kind::Epoll(Epoll { targets: Vec::new() })
 }
 
-/// The targets of the set behind `found`.
-pub(crate) fn targets(collector: &mut Collector, found: &Found, table: &Table) -> Result<Epoll> {
-    let Detail::Epoll(entries) = &found.info.detail else { return Ok(Epoll { targets: Vec::new() }) };
+/// The targets of the set behind `found`, among all `known` descriptors of the tree: process, number,
+/// description.
+pub(crate) fn targets(
+    collector: &mut Collector,
+    found: &Found,
+    known: &[(Pid, i32, DescriptionId)],
+) -> Epoll {
+    let Detail::Epoll(entries) = &found.info.detail else { return Epoll { targets: Vec::new() } };
     let mut targets = Vec::with_capacity(entries.len());
     for (i, entry) in entries.iter().enumerate() {
         let offset = entries[..i].iter().filter(|e| e.fd == entry.fd).count() as u32;
         let slot = Slot { epoll: found.fd as u32, target: entry.fd as u32, offset };
-        let is = |fd: i32| {
+        let is = |&&(pid, fd, _): &&(Pid, i32, DescriptionId)| {
             // SAFETY: KCMP_EPOLL_TFD reads a `struct kcmp_epoll_slot` at its last argument.
             let got = unsafe {
-                libc::syscall(
-                    libc::SYS_kcmp,
-                    collector.pid.0,
-                    collector.pid.0,
-                    KCMP_EPOLL_TFD,
-                    fd as u64,
-                    &raw const slot,
-                )
+                libc::syscall(libc::SYS_kcmp, pid.0, found.pid.0, KCMP_EPOLL_TFD, fd as u64, &raw const slot)
             };
             got == 0
         };
-        // The number it was added by is nearly always right; try it first.
-        let same = table.descriptors.iter().filter(|d| d.fd == entry.fd);
-        let others = table.descriptors.iter().filter(|d| d.fd != entry.fd);
-        match same.chain(others).find(|d| is(d.fd)) {
-            Some(d) => targets.push(EpollTarget {
-                fd: entry.fd,
-                description: d.description,
-                events: entry.events,
-                data: entry.data,
-            }),
-            // A refused target is named by its own refusal.
-            None if collector.refusals.is_empty() => collector.refuse(
+        // The number it was added by, in the same process, is nearly always right.
+        let same = known.iter().filter(|k| k.0 == found.pid && k.1 == entry.fd);
+        let near = known.iter().filter(|k| k.0 == found.pid && k.1 != entry.fd);
+        let far = known.iter().filter(|k| k.0 != found.pid);
+        match same.chain(near).chain(far).find(is) {
+            Some(&(_, _, description)) => {
+                targets.push(EpollTarget {
+                    fd: entry.fd,
+                    description,
+                    events: entry.events,
+                    data: entry.data,
+                });
+            }
+            // A refused target is named by its own refusal; a running process may have changed its mind.
+            None if collector.refusals.is_empty() && !collector.live => collector.refuse(
                 found.title(),
-                format!("it watches what fd {} once was, which this process has closed", entry.fd),
+                format!("it watches what fd {} once was, which no process has open any more", entry.fd),
                 "remove it from the set (EPOLL_CTL_DEL) before the dump",
             ),
             None => {}
         }
     }
-    Ok(Epoll { targets })
+    Epoll { targets }
 }

@@ -1,13 +1,18 @@
-//! Stopping every thread of a process, and letting it go on.
+//! Stopping every thread of every process of a tree, and letting it go on.
 //!
-//! Seizing and interrupting one thread after the other takes a scheduling round for each that spins; all
-//! are seized, then all interrupted, then all waited for. Threads may be born and die meanwhile, so the
-//! list is read again until it holds still: only a thread that runs can make another, and once all of a
-//! list have stopped, a second look finds those made in between.
+//! Seizing and interrupting one thread after the other takes a scheduling round for each that spins; all of
+//! a generation are seized, then all interrupted, then all waited for. Threads and processes may be born and
+//! die meanwhile, so the lists are read again until they hold still: only one that runs can make another, and
+//! what a stopped process has made is in its list of children (proc_pid_children(5)). A process whose parent
+//! ends moves to a relative that may have been looked at before, so all lists are read once more at the end.
+//!
+//! A thread that waits for its vfork child to execute another program or to end sleeps where no tracer stops
+//! it (kernel/fork.c, `wait_for_vfork_done`): the tree is let go and tried again a moment later.
 //!
 //! `PTRACE_SEIZE` sends no signal and leaves no trace; when this process dies the kernel detaches and every
 //! thread goes on (ptrace(2)).
 
+use std::collections::HashSet;
 use std::marker::PhantomData;
 use std::time::{Duration, Instant};
 
@@ -16,13 +21,30 @@ use torpor_kernel::ids::{Pid, Tid};
 use torpor_kernel::ptrace::{self, Stop};
 use torpor_kernel::{process, status};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Refusal, Result};
 use crate::priority::RealTime;
 
-/// How long a thread may take to stop.
+/// How long a thread may take to stop, and a tree to hold still.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// After which time a thread that has not stopped is asked whether it waits for a vfork child.
+const SUSPICION: Duration = Duration::from_millis(2);
+/// How often a tree is tried again in which somebody does: 511 ms in all.
+const VFORKS: u32 = 9;
 /// How many times 100 microseconds a thread that does not stand gets to stop for its release.
 const STRAGGLER: u32 = 1000;
+
+/// A tree whose threads all stand. Dropped, it goes on as before.
+#[derive(Debug)]
+pub(crate) struct FrozenTree {
+    /// Its processes, the root first and every other after its parent.
+    pub(crate) processes: Vec<Frozen>,
+    /// Members that have ended and wait for their parents.
+    pub(crate) zombies: Vec<Pid>,
+    /// How long it took until all stood.
+    pub(crate) freezing: Duration,
+    /// When all stood.
+    pub(crate) since: Instant,
+}
 
 /// A process whose threads all stand. Dropped, it goes on as before.
 ///
@@ -31,10 +53,6 @@ const STRAGGLER: u32 = 1000;
 pub(crate) struct Frozen {
     pid: Pid,
     threads: Vec<FrozenThread>,
-    /// How long it took until all stood.
-    pub(crate) freezing: Duration,
-    /// When all stood.
-    pub(crate) since: Instant,
     /// Signals that were taken off a thread while it ran for us, to be sent again.
     pub(crate) resend: Vec<(Tid, i32)>,
     gone: bool,
@@ -49,116 +67,224 @@ pub(crate) struct FrozenThread {
     pub(crate) group_stop: Option<i32>,
 }
 
-impl Frozen {
-    /// Stops every thread of `pid`.
-    pub(crate) fn freeze(pid: Pid) -> Result<Self> {
-        let _priority = RealTime::raise();
-        let begin = Instant::now();
-        let mut frozen = Frozen {
-            pid,
-            threads: Vec::new(),
-            freezing: Duration::ZERO,
-            since: begin,
-            resend: Vec::new(),
-            gone: false,
-            _bound_to_thread: PhantomData,
-        };
+/// What became of an attempt.
+enum Attempt {
+    Stands(FrozenTree),
+    /// Thread and process that wait for a vfork child.
+    Vfork(Pid, Tid),
+}
+
+impl FrozenTree {
+    /// Stops every thread of `root` and of all processes below it.
+    pub(crate) fn freeze(root: Pid) -> Result<Self> {
+        let mut attempt = 0;
         loop {
-            let new: Vec<Tid> = match process::tasks(pid) {
-                Ok(all) => all.into_iter().filter(|t| !frozen.threads.iter().any(|f| f.tid == *t)).collect(),
-                Err(e) if e.is_gone() => return Err(frozen.died("it is gone")),
-                Err(e) => return Err(Error::kernel(pid, "listing its threads")(e)),
-            };
-            if new.is_empty() {
-                break;
+            match Self::attempt(root)? {
+                Attempt::Stands(tree) => return Ok(tree),
+                Attempt::Vfork(..) if attempt < VFORKS => {
+                    std::thread::sleep(Duration::from_millis(1 << attempt));
+                    attempt += 1;
+                }
+                Attempt::Vfork(pid, tid) => {
+                    return Err(Error::Refused {
+                        pid: root,
+                        refusals: vec![Refusal {
+                            object: format!("thread {tid} of pid {pid} ({})", name_of(pid.0)),
+                            why: "it waits for a child of vfork(2) that neither ends nor executes another \
+                                  program, and cannot be stopped meanwhile"
+                                .into(),
+                            remedy: "try again when that child has gone on".into(),
+                        }],
+                    });
+                }
             }
-            frozen.stop(&new)?;
         }
-        // The leader comes first in the image, and a process whose leader has exited shows it as a zombie
-        // that cannot be seized.
-        let Some(leader) = frozen.threads.iter().position(|t| t.tid == pid.leader()) else {
-            return Err(Error::NotDumpable {
-                pid,
-                why: "its first thread has exited while others go on; dumping such a process comes with \
-                      trees"
-                    .into(),
-            });
-        };
-        frozen.threads.swap(0, leader);
-        frozen.threads[1..].sort_by_key(|t| t.tid);
-        frozen.freezing = begin.elapsed();
-        frozen.since = Instant::now();
-        Ok(frozen)
     }
 
-    /// Seizes and interrupts all of `tids`, then waits for each.
-    fn stop(&mut self, tids: &[Tid]) -> Result<()> {
-        let pid = self.pid;
-        let mut seized = Vec::with_capacity(tids.len());
-        for &tid in tids {
-            match ptrace::seize(tid, ptrace::OPTION_SYSGOOD) {
-                Ok(()) => {
-                    self.threads.push(FrozenThread { tid, group_stop: None });
-                    seized.push(tid);
-                }
-                Err(e) if e.is_gone() => {}
-                Err(e) if e.errno() == Some(Errno::EPERM) => {
-                    // A thread that is exiting cannot be seized either, and a leader may be a zombie.
-                    let now = status::of_task(pid, tid);
-                    match now {
-                        Ok(s) if s.tracer_pid != 0 => {
-                            return Err(Error::Traced {
-                                pid,
-                                tracer: s.tracer_pid,
-                                name: name_of(s.tracer_pid),
-                            });
+    fn attempt(root: Pid) -> Result<Attempt> {
+        let _priority = RealTime::raise();
+        let begin = Instant::now();
+        let mut tree =
+            FrozenTree { processes: Vec::new(), zombies: Vec::new(), freezing: Duration::ZERO, since: begin };
+        let mut known = HashSet::from([root]);
+        let mut new = vec![root];
+        while !new.is_empty() {
+            if begin.elapsed() > PATIENCE {
+                let what = "it makes new processes faster than they can be stopped";
+                return Err(Error::Inconsistent { pid: root, what: what.into() });
+            }
+            let first = tree.processes.len();
+            tree.processes.extend(new.drain(..).map(Frozen::new));
+            if let Some((pid, tid)) = stop_all(&mut tree.processes[first..])? {
+                return Ok(Attempt::Vfork(pid, tid));
+            }
+            for process in tree.processes.split_off(first) {
+                match process {
+                    p if !p.threads.is_empty() => tree.processes.push(p),
+                    p if status::of_process(p.pid).is_ok_and(|s| s.state == 'Z') => {
+                        if p.pid == root {
+                            let why = "it has ended and waits for its parent to collect its status";
+                            return Err(Error::NotDumpable { pid: root, why: why.into() });
                         }
-                        Ok(s) if s.state == 'Z' || s.state == 'X' => {
-                            if tid == pid.leader() {
-                                let others = process::tasks(pid).map_or(0, |t| t.len());
-                                let why = if others > 1 {
-                                    "its first thread has exited while others go on"
-                                } else {
-                                    "it has ended and waits for its parent to collect its status"
-                                };
-                                return Err(Error::NotDumpable { pid, why: why.into() });
-                            }
-                        }
-                        Ok(_) => return Err(Error::Permission { pid, source: e }),
-                        Err(_) => {}
+                        tree.zombies.push(p.pid);
+                    }
+                    p if p.pid == root => return Err(p.died("it is gone")),
+                    // It may come again under the same number.
+                    p => {
+                        known.remove(&p.pid);
                     }
                 }
-                Err(e) => return Err(Error::kernel(pid, "attaching")(e)),
+            }
+            // Children of the new ones, and of all once more when there are no new ones.
+            let mut list = |from: usize, new: &mut Vec<Pid>| -> Result<()> {
+                for process in &tree.processes[from..] {
+                    new.extend(process.children()?.into_iter().filter(|child| known.insert(*child)));
+                }
+                Ok(())
+            };
+            list(first, &mut new)?;
+            if new.is_empty() && tree.processes.len() > 1 {
+                list(0, &mut new)?;
             }
         }
-        for &tid in &seized {
+        tree.zombies.retain(|z| status::of_process(*z).is_ok());
+        for process in &mut tree.processes {
+            // The leader comes first in the image, unless it has ended.
+            let leader = process.pid.leader();
+            process.threads.sort_by_key(|t| (t.tid != leader, t.tid));
+        }
+        tree.freezing = begin.elapsed();
+        tree.since = Instant::now();
+        Ok(Attempt::Stands(tree))
+    }
+
+    /// The root.
+    pub(crate) fn root(&self) -> &Frozen {
+        &self.processes[0]
+    }
+
+    /// Lets the tree go on.
+    pub(crate) fn release(&mut self) {
+        let _priority = RealTime::raise();
+        self.processes.iter_mut().for_each(Frozen::release);
+    }
+
+    /// Lets go of the tree but leaves every process of it stopped, as `kill -STOP` does.
+    pub(crate) fn keep_stopped(self) -> Result<()> {
+        self.processes.into_iter().try_for_each(Frozen::keep_stopped)
+    }
+
+    /// Ends every process and waits until nothing of them is left but what parents must collect.
+    pub(crate) fn kill(mut self) -> Result<()> {
+        // All at once, before any end can be noticed by another.
+        for process in &self.processes {
+            process.signal(nix::sys::signal::Signal::SIGKILL, "ending it")?;
+        }
+        // The last first: a parent that goes before its children hands them to somebody else to be collected,
+        // either way.
+        self.processes.iter_mut().rev().for_each(Frozen::wait_for_end);
+        Ok(())
+    }
+}
+
+/// Stops every thread of all these processes. Gives the one that waits for a vfork child, if one does.
+fn stop_all(processes: &mut [Frozen]) -> Result<Option<(Pid, Tid)>> {
+    loop {
+        let mut seized = Vec::new();
+        for (i, process) in processes.iter_mut().enumerate() {
+            for tid in process.unknown_threads()? {
+                if process.seize(tid)? {
+                    seized.push((i, tid));
+                }
+            }
+        }
+        if seized.is_empty() {
+            return Ok(None);
+        }
+        for &(i, tid) in &seized {
             match ptrace::interrupt(tid) {
                 Ok(()) => {}
                 Err(e) if e.is_gone() => {}
-                Err(e) => return Err(Error::kernel(pid, "stopping it")(e)),
+                Err(e) => return Err(Error::kernel(processes[i].pid, "stopping it")(e)),
             }
         }
         let deadline = Instant::now() + PATIENCE;
-        for &tid in &seized {
-            match self.wait_until(tid, deadline)? {
-                Some(stop) => {
-                    let signal = stop.group_stop();
-                    if let Some(thread) = self.threads.iter_mut().find(|t| t.tid == tid) {
-                        thread.group_stop = signal;
-                    }
-                    // A signal that arrived before the interrupt is shown first; it must be delivered, and
-                    // the interrupt follows it.
-                    if let Stop::Signal(signal) = stop {
-                        self.deliver_then_stop(tid, signal, deadline)?;
-                    }
-                }
-                None => self.threads.retain(|t| t.tid != tid),
+        for &(i, tid) in &seized {
+            if processes[i].stand(tid, deadline)? {
+                return Ok(Some((processes[i].pid, tid)));
             }
         }
-        if self.threads.is_empty() {
-            return Err(self.died("it ended"));
+    }
+}
+
+impl Frozen {
+    fn new(pid: Pid) -> Self {
+        Frozen { pid, threads: Vec::new(), resend: Vec::new(), gone: false, _bound_to_thread: PhantomData }
+    }
+
+    /// Threads that have not been seized yet.
+    fn unknown_threads(&self) -> Result<Vec<Tid>> {
+        match process::tasks(self.pid) {
+            Ok(all) => Ok(all.into_iter().filter(|t| !self.threads.iter().any(|f| f.tid == *t)).collect()),
+            Err(e) if e.is_gone() => Ok(Vec::new()),
+            Err(e) => Err(Error::kernel(self.pid, "listing its threads")(e)),
         }
-        Ok(())
+    }
+
+    fn children(&self) -> Result<Vec<Pid>> {
+        process::children(self.pid).map_err(Error::kernel(self.pid, "listing its children"))
+    }
+
+    /// Attaches to a thread; false when it has ended.
+    fn seize(&mut self, tid: Tid) -> Result<bool> {
+        let pid = self.pid;
+        match ptrace::seize(tid, ptrace::OPTION_SYSGOOD) {
+            Ok(()) => {
+                self.threads.push(FrozenThread { tid, group_stop: None });
+                Ok(true)
+            }
+            Err(e) if e.is_gone() => Ok(false),
+            Err(e) if e.errno() == Some(Errno::EPERM) => {
+                // A thread that is exiting cannot be seized either, and a leader may be a zombie.
+                match status::of_task(pid, tid) {
+                    Ok(s) if s.tracer_pid != 0 => {
+                        Err(Error::Traced { pid, tracer: s.tracer_pid, name: name_of(s.tracer_pid) })
+                    }
+                    Ok(s) if s.state == 'Z' || s.state == 'X' => Ok(false),
+                    Ok(_) if process::is_ending(Pid(tid.0)) => Ok(false),
+                    Ok(_) => Err(Error::Permission { pid, source: e }),
+                    Err(_) => Ok(false),
+                }
+            }
+            Err(e) => Err(Error::kernel(pid, "attaching")(e)),
+        }
+    }
+
+    /// Waits for the stop of a thread that was interrupted; true when it waits for a vfork child instead.
+    fn stand(&mut self, tid: Tid, deadline: Instant) -> Result<bool> {
+        let suspicion = Instant::now() + SUSPICION;
+        let stop = match self.wait_until(tid, suspicion.min(deadline)) {
+            Err(Error::Timeout { .. }) if waits_for_vfork(self.pid, tid) => return Ok(true),
+            // A first thread that has ended is not reported until all others have.
+            Err(Error::Timeout { state: 'Z', .. }) => None,
+            Err(Error::Timeout { .. }) => self.wait_until(tid, deadline)?,
+            other => other?,
+        };
+        match stop {
+            Some(stop) => {
+                let signal = stop.group_stop();
+                if let Some(thread) = self.threads.iter_mut().find(|t| t.tid == tid) {
+                    thread.group_stop = signal;
+                }
+                // A signal that arrived before the interrupt is shown first; it must be delivered, and
+                // the interrupt follows it.
+                if let Stop::Signal(signal) = stop {
+                    self.deliver_then_stop(tid, signal, deadline)?;
+                }
+            }
+            None => self.threads.retain(|t| t.tid != tid),
+        }
+        Ok(false)
     }
 
     /// Lets `tid` take `signal` and waits for the stop that its interrupt asked for.
@@ -218,6 +344,17 @@ impl Frozen {
         self.pid
     }
 
+    /// A thread of it that lives, by whose number /proc shows what the process has: that of a first thread that
+    /// has ended shows neither memory nor descriptors.
+    pub(crate) fn living(&self) -> Pid {
+        Pid(self.threads[0].tid.0)
+    }
+
+    /// Whether its first thread has ended while others go on.
+    pub(crate) fn leader_ended(&self) -> bool {
+        self.threads[0].tid != self.pid.leader()
+    }
+
     /// Its threads, the leader first.
     pub(crate) fn threads(&self) -> &[FrozenThread] {
         &self.threads
@@ -232,16 +369,10 @@ impl Frozen {
         Error::Died { pid: self.pid, how: how.to_owned() }
     }
 
-    /// Lets the process go on.
-    pub(crate) fn resume(mut self) {
-        self.release();
-    }
-
     /// Lets go of the process but leaves it stopped, as `kill -STOP` does; `kill -CONT` lets it go on.
     pub(crate) fn keep_stopped(mut self) -> Result<()> {
         let pid = self.pid;
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.0), nix::sys::signal::Signal::SIGSTOP)
-            .map_err(|e| Error::kernel(pid, "stopping it")(torpor_kernel::Error::syscall("kill", pid, e)))?;
+        self.signal(nix::sys::signal::Signal::SIGSTOP, "stopping it")?;
         self.release();
         // The stop is carried out by the threads themselves, once they run again.
         let deadline = Instant::now() + PATIENCE;
@@ -251,11 +382,16 @@ impl Frozen {
         Ok(())
     }
 
-    /// Ends the process and waits until nothing of it is left but what its parent must collect.
-    pub(crate) fn kill(mut self) -> Result<()> {
+    fn signal(&self, signal: nix::sys::signal::Signal, doing: &str) -> Result<()> {
         let pid = self.pid;
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.0), nix::sys::signal::Signal::SIGKILL)
-            .map_err(|e| Error::kernel(pid, "ending it")(torpor_kernel::Error::syscall("kill", pid, e)))?;
+        match nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.0), signal) {
+            Ok(()) | Err(Errno::ESRCH) => Ok(()),
+            Err(e) => Err(Error::kernel(pid, doing)(torpor_kernel::Error::syscall("kill", pid, e))),
+        }
+    }
+
+    /// Waits until nothing of a killed process is left but what its parent must collect.
+    fn wait_for_end(&mut self) {
         // The end of a tracee is told to its tracer first, thread by thread and the leader last.
         for thread in self.threads.iter().rev() {
             while let Ok(stop) = ptrace::wait(thread.tid) {
@@ -265,15 +401,13 @@ impl Frozen {
             }
         }
         self.gone = true;
-        Ok(())
     }
 
     /// Lets every thread go on.
-    pub(crate) fn release(&mut self) {
+    fn release(&mut self) {
         if std::mem::replace(&mut self.gone, true) {
             return;
         }
-        let _priority = RealTime::raise();
         for thread in &self.threads {
             // Only a stopped thread can be let go. One that is not, after a failure, is stopped for that; one
             // that cannot be, in uninterruptible sleep, stays ours until this process ends.
@@ -297,6 +431,19 @@ impl Frozen {
 impl Drop for Frozen {
     fn drop(&mut self) {
         self.release();
+    }
+}
+
+/// Whether a thread sleeps until a child of vfork(2) gives the shared memory back.
+fn waits_for_vfork(pid: Pid, tid: Tid) -> bool {
+    let Ok(Some(call)) = process::blocked_call(pid, tid) else { return false };
+    match call.nr {
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_vfork => true,
+        libc::SYS_clone => call.args[0] & libc::CLONE_VFORK as u64 != 0,
+        // Its flags are in memory.
+        libc::SYS_clone3 => true,
+        _ => false,
     }
 }
 

@@ -2,6 +2,8 @@
 //! one that makes a system call and returns, and one that calls rt_sigreturn. Nothing of the target's code
 //! is ever changed, so there is nothing to put back if we die.
 
+use std::collections::HashMap;
+
 use torpor_kernel::ids::{Pid, RemoteAddr};
 use torpor_kernel::maps::Mapping;
 use torpor_kernel::memory::Memory;
@@ -22,8 +24,41 @@ const CHUNK: usize = 256 << 10;
 /// Longest sequence.
 const OVERLAP: usize = 16;
 
-/// Searches the executable mappings of a process, which may be running.
-pub(crate) fn find(pid: Pid, maps: &[Mapping], memory: &Memory) -> Result<Gadgets> {
+/// Where the sequences lie in files that were searched before: device, inode and offsets. Most processes of a
+/// tree have one libc.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Known(HashMap<((u32, u32), u64), (u64, u64)>);
+
+impl Known {
+    /// Searches the executable mappings of a process, which may be running.
+    pub(crate) fn find(&mut self, pid: Pid, maps: &[Mapping], memory: &Memory) -> Result<Gadgets> {
+        for mapping in maps.iter().filter(|m| m.exec && m.inode != 0) {
+            let Some(&(syscall, sigreturn)) = self.0.get(&(mapping.dev, mapping.inode)) else { continue };
+            let inside = |offset: u64| {
+                let at = mapping.start + offset.checked_sub(mapping.offset)?;
+                (at < mapping.end).then_some(at)
+            };
+            if let (Some(syscall), Some(sigreturn)) = (inside(syscall), inside(sigreturn)) {
+                let gadgets = Gadgets { syscall, sigreturn };
+                if confirm(gadgets, memory) {
+                    return Ok(gadgets);
+                }
+            }
+        }
+        let gadgets = find(pid, maps, memory)?;
+        let home = |at: u64| maps.iter().find(|m| m.contains(at) && m.inode != 0);
+        if let (Some(one), Some(two)) = (home(gadgets.syscall), home(gadgets.sigreturn))
+            && (one.dev, one.inode) == (two.dev, two.inode)
+        {
+            let offsets =
+                (gadgets.syscall - one.start + one.offset, gadgets.sigreturn - two.start + two.offset);
+            self.0.insert((one.dev, one.inode), offsets);
+        }
+        Ok(gadgets)
+    }
+}
+
+fn find(pid: Pid, maps: &[Mapping], memory: &Memory) -> Result<Gadgets> {
     let (mut syscall, mut sigreturn) = (None, None);
     // A small library is a quick search, and any libc will do; the large ones come last.
     let mut code: Vec<&Mapping> =

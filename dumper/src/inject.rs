@@ -57,6 +57,8 @@ pub(crate) struct Entry<'a> {
     pub(crate) gadgets: Gadgets,
     /// Signals that the process handles or has pending.
     pub(crate) taken_signals: u64,
+    /// The process id in the process's own pid namespace.
+    pub(crate) own_tgid: i32,
 }
 
 /// One thread's part of the arena.
@@ -91,6 +93,7 @@ struct Infected<'a> {
     memory: &'a Memory,
     threads: &'a [Before],
     gadgets: Gadgets,
+    own_tgid: i32,
     trap: i32,
     /// First address of the mapping; the blob's page.
     base: u64,
@@ -164,6 +167,7 @@ impl<'a> Infected<'a> {
             memory,
             threads,
             gadgets: entry.gadgets,
+            own_tgid: entry.own_tgid,
             trap,
             base,
             length,
@@ -281,7 +285,7 @@ impl<'a> Infected<'a> {
                 state: state::RUNNING,
                 failed: 0,
                 command: command::NONE,
-                tgid: self.threads[0].own_tid,
+                tgid: self.own_tgid,
                 tid: thread.own_tid,
                 signal: self.trap,
                 reserved: 0,
@@ -393,7 +397,7 @@ impl<'a> Infected<'a> {
                     let code = i32::from_ne_bytes(info[8..12].try_into().expect("four bytes"));
                     let sender = i32::from_ne_bytes(info[16..20].try_into().expect("four bytes"));
                     // si_pid is told in the reader's pid namespace: compare with what we know it by.
-                    let own = sender == self.frozen.pid().0 || sender == self.threads[0].own_tid;
+                    let own = sender == self.frozen.pid().0 || sender == self.own_tgid;
                     if signal == self.trap && code == SI_TKILL && own {
                         return Ok(());
                     }

@@ -3,7 +3,7 @@
 //! fdinfo names what is watched by a file handle. It is opened by that where the privilege is there
 //! (open_by_handle_at wants CAP_DAC_READ_SEARCH), and its path read from /proc/self/fd.
 
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use torpor_image::Bytes;
 use torpor_image::description::Kind;
@@ -55,7 +55,7 @@ pub(crate) fn collect(
     kept.sort_by_key(|w| w.descriptor);
     let queued = queued(&found.get(collector)?);
     if queued > 0 && !collector.live {
-        collector.losses.push(format!("{}: {queued} bytes of events that were not read", found.title()));
+        collector.lose(format!("{}: {queued} bytes of events that were not read", found.title()));
     }
     Ok(Some(Kind::Inotify(Inotify { watches: kept })))
 }
@@ -112,8 +112,13 @@ fn queued(fd: &OwnedFd) -> i32 {
 }
 
 /// Whether a process has events that it has not read yet, and that a dump would lose.
-pub(crate) fn unread(pid: Pid, pidfd: BorrowedFd<'_>) -> bool {
+pub(crate) fn unread(pid: Pid) -> bool {
     let inotify = |fd: &i32| fds::readlink(pid, *fd).is_ok_and(|link| link == b"anon_inode:inotify");
     let all = fds::list(pid).unwrap_or_default();
-    all.into_iter().filter(inotify).any(|fd| fds::getfd(pidfd, fd).is_ok_and(|fd| queued(&fd) > 0))
+    let mut all = all.into_iter().filter(inotify).peekable();
+    if all.peek().is_none() {
+        return false;
+    }
+    let Ok(pidfd) = fds::pidfd_open(pid) else { return false };
+    all.any(|fd| fds::getfd(pidfd.as_fd(), fd).is_ok_and(|fd| queued(&fd) > 0))
 }

@@ -33,6 +33,7 @@ mod pipe;
 mod priority;
 mod restart;
 mod scheduling;
+mod sharing;
 mod signal;
 mod signalfd;
 mod socket;
@@ -48,4 +49,4 @@ mod vma;
 
 pub use dump::{Destination, Dumped, Frozen, Options, Target, check};
 pub use error::{Error, Refusal, Result};
-pub use survey::Survey;
+pub use survey::{Descriptor, Process, Survey};

@@ -42,44 +42,62 @@ impl Watch<'_> {
     }
 }
 
+/// An address space to be copied.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Space<'a> {
+    pub(crate) pid: Pid,
+    pub(crate) vmas: &'a [Vma],
+    /// The space it may have been forked from, which stands before it.
+    pub(crate) parent: Option<usize>,
+}
+
 /// A run of memory to be copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Run {
+    /// Number of the space.
+    space: usize,
     start: u64,
     end: u64,
 }
 
-/// Private pages of a process: copied, and perhaps on disk.
+/// Private pages of all spaces: copied, and perhaps on disk.
 #[derive(Debug)]
-pub(crate) enum Copied {
-    /// In the stage: for each run where it begins.
-    Staged { runs: Vec<(u64, u64, usize)>, guards: Vec<Record> },
-    /// In the data files.
-    Written(Vec<Record>),
+pub(crate) struct Copied {
+    pages: Pages,
+    spaces: Vec<Rest>,
 }
 
-/// Copies the private pages of `vmas` into the stage, if it has room, or else into the files.
+#[derive(Debug)]
+enum Pages {
+    /// In the stage: for each run where it begins.
+    Staged(Vec<(Run, usize)>),
+    /// In the data files, by space.
+    Written(Vec<Vec<Record>>),
+}
+
+/// What is known of a space besides the pages that were copied from it.
+#[derive(Debug, Default)]
+struct Rest {
+    guards: Vec<Record>,
+    parent: Option<usize>,
+    /// Runs whose pages it still shares with its parent.
+    inherited: Vec<(u64, u64)>,
+}
+
+/// Copies the private pages of all spaces into the stage, if it has room, or else into the files. A page that a
+/// space shares copy-on-write with its parent's is copied once.
 pub(crate) fn copy(
-    pid: Pid,
-    vmas: &[Vma],
+    spaces: &[Space<'_>],
     stage: Option<&mut Stage>,
     files: &mut [DataFile],
     watch: &Watch<'_>,
 ) -> Result<Copied> {
-    let scan = PageScan::open(pid).map_err(Error::kernel(pid, "opening its pagemap"))?;
     let mut runs = Vec::new();
-    let mut guards = Vec::new();
-    for area in joined(vmas) {
-        let find =
-            |want| scan.scan(area.start, area.end, want).map_err(Error::kernel(pid, "finding its pages"));
-        runs.extend(find(Want::Anonymous)?.into_iter().map(|r| Run { start: r.start, end: r.end }));
-        guards.extend(find(Want::Guard)?.into_iter().map(|r| Record {
-            address: r.start,
-            length: r.end - r.start,
-            place: Where::Guard,
-            file: 0,
-            offset: 0,
-        }));
+    let mut rests = Vec::with_capacity(spaces.len());
+    for (number, space) in spaces.iter().enumerate() {
+        let (own, rest) = find(number, space, spaces)?;
+        runs.extend(own);
+        rests.push(rest);
     }
     let bytes: u64 = runs.iter().map(|r| r.end - r.start).sum();
     let writers = writers(bytes).min(files.len() as u64).max(1);
@@ -87,33 +105,99 @@ pub(crate) fn copy(
     if let Some(stage) = stage
         && let Some(first) = stage.take(bytes)
     {
-        let staged = read_shares(pid, &shares, &mut stage.bytes_mut()[first..], first)?;
-        return Ok(Copied::Staged { runs: staged, guards });
+        let staged = read_shares(spaces, &shares, &mut stage.bytes_mut()[first..], first)?;
+        return Ok(Copied { pages: Pages::Staged(staged), spaces: rests });
     }
-    let mut pages = std::thread::scope(|scope| {
+    let pages = std::thread::scope(|scope| {
         let workers: Vec<_> = shares
             .iter()
             .zip(files.iter_mut())
-            .map(|(share, file)| scope.spawn(move || copy_runs(pid, share, file, watch)))
+            .map(|(share, file)| scope.spawn(move || copy_runs(spaces, share, file, watch)))
             .collect();
-        let mut pages = Vec::new();
+        let mut pages = vec![Vec::new(); spaces.len()];
         for worker in workers {
-            pages.extend(worker.join().expect("a writer does not panic")?);
+            for (space, records) in worker.join().expect("a writer does not panic")? {
+                pages[space].extend(records);
+            }
         }
         Ok::<_, Error>(pages)
     })?;
-    pages.extend(guards);
-    pages.sort_by_key(|r| r.address);
-    Ok(Copied::Written(pages))
+    Ok(Copied { pages: Pages::Written(pages), spaces: rests })
+}
+
+/// The runs of a space that must be copied, and what need not.
+fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<Run>, Rest)> {
+    let pid = space.pid;
+    let scan = PageScan::open(pid).map_err(Error::kernel(pid, "opening its pagemap"))?;
+    let mut runs = Vec::new();
+    let mut rest = Rest { parent: space.parent, ..Rest::default() };
+    for (start, end) in joined(space.vmas) {
+        let find = |want| scan.scan(start, end, want).map_err(Error::kernel(pid, "finding its pages"));
+        runs.extend(find(Want::Anonymous)?.into_iter().map(|r| (r.start, r.end)));
+        rest.guards.extend(find(Want::Guard)?.into_iter().map(|r| Record {
+            address: r.start,
+            length: r.end - r.start,
+            place: Where::Guard,
+            file: 0,
+            offset: 0,
+        }));
+    }
+    if let Some(parent) = space.parent {
+        (rest.inherited, runs) = shared_pages(pid, spaces[parent].pid, &runs)?;
+    }
+    Ok((runs.into_iter().map(|(start, end)| Run { space: number, start, end }).collect(), rest))
+}
+
+/// Splits `runs` of a process into those whose pages its parent has at the same address as well, and the
+/// others. Without the privilege to see page frames (Documentation/admin-guide/mm/pagemap.rst) there are only others.
+fn shared_pages(pid: Pid, parent: Pid, runs: &[(u64, u64)]) -> Result<(Vec<(u64, u64)>, Vec<(u64, u64)>)> {
+    const PRESENT: u64 = 1 << 63;
+    const SWAPPED: u64 = 1 << 62;
+    const FRAME: u64 = (1 << 55) - 1;
+    let open = |pid: Pid| {
+        File::open(format!("/proc/{pid}/pagemap")).map_err(|e| {
+            Error::kernel(pid, "opening its pagemap")(torpor_kernel::Error::io("open", "pagemap", &e))
+        })
+    };
+    let (own, its) = (open(pid)?, open(parent)?);
+    let (mut shared, mut others) = (Vec::new(), Vec::new());
+    let add = |list: &mut Vec<(u64, u64)>, start: u64, end: u64| match list.last_mut() {
+        Some(last) if last.1 == start => last.1 = end,
+        _ => list.push((start, end)),
+    };
+    let (mut mine, mut theirs) = (vec![0u8; 8 * 4096], vec![0u8; 8 * 4096]);
+    for &(start, end) in runs {
+        let mut at = start;
+        while at < end {
+            let pages = ((end - at) / PAGE).min(4096) as usize;
+            let (mine, theirs) = (&mut mine[..8 * pages], &mut theirs[..8 * pages]);
+            let read = own.read_exact_at(mine, at / PAGE * 8).is_ok()
+                && its.read_exact_at(theirs, at / PAGE * 8).is_ok();
+            if !read {
+                add(&mut others, at, at + pages as u64 * PAGE);
+            } else {
+                for (a, b) in mine.as_chunks::<8>().0.iter().zip(theirs.as_chunks::<8>().0) {
+                    let (a, b) = (u64::from_ne_bytes(*a), u64::from_ne_bytes(*b));
+                    let kind = PRESENT | SWAPPED;
+                    let same = a & (kind | FRAME) == b & (kind | FRAME) && a & kind != 0 && a & FRAME != 0;
+                    add(if same { &mut shared } else { &mut others }, at, at + PAGE);
+                    at += PAGE;
+                }
+                continue;
+            }
+            at += pages as u64 * PAGE;
+        }
+    }
+    Ok((shared, others))
 }
 
 /// Reads every share into its part of `room`, the first here and the others in threads of their own.
 fn read_shares(
-    pid: Pid,
+    spaces: &[Space<'_>],
     shares: &[Vec<Run>],
     room: &mut [u8],
     first: usize,
-) -> Result<Vec<(u64, u64, usize)>> {
+) -> Result<Vec<(Run, usize)>> {
     let mut staged = Vec::new();
     let mut parts = Vec::with_capacity(shares.len());
     let mut rest = room;
@@ -123,7 +207,7 @@ fn read_shares(
         let (part, after) = rest.split_at_mut(length as usize);
         rest = after;
         for run in share {
-            staged.push((run.start, run.end, at));
+            staged.push((*run, at));
             at += (run.end - run.start) as usize;
         }
         parts.push((share, part));
@@ -132,9 +216,9 @@ fn read_shares(
         let mut parts = parts.into_iter();
         let own = parts.next();
         let workers: Vec<_> =
-            parts.map(|(share, part)| scope.spawn(move || read_runs(pid, share, part))).collect();
+            parts.map(|(share, part)| scope.spawn(move || read_runs(spaces, share, part))).collect();
         if let Some((share, part)) = own {
-            read_runs(pid, share, part)?;
+            read_runs(spaces, share, part)?;
         }
         for worker in workers {
             worker.join().expect("a reader does not panic")?;
@@ -189,36 +273,90 @@ impl Reader {
     }
 }
 
-fn read_runs(pid: Pid, runs: &[Run], mut room: &mut [u8]) -> Result<()> {
-    let reader = Reader::open(pid)?;
+fn read_runs(spaces: &[Space<'_>], runs: &[Run], mut room: &mut [u8]) -> Result<()> {
+    let mut readers = Readers::new(spaces);
     for run in runs {
         let (part, rest) = room.split_at_mut((run.end - run.start) as usize);
-        reader.read(run.start, part)?;
+        readers.of(run.space)?.read(run.start, part)?;
         room = rest;
     }
     Ok(())
 }
 
-/// Writes what was staged to the first of the files.
-pub(crate) fn write_staged(
-    pid: Pid,
-    runs: &[(u64, u64, usize)],
-    guards: Vec<Record>,
-    stage: &Stage,
-    file: &mut DataFile,
-    watch: &Watch<'_>,
-) -> Result<Vec<Record>> {
-    let mut records = Vec::new();
-    for &(start, end, at) in runs {
-        let bytes = &stage.bytes()[at..at + (end - start) as usize];
-        for (i, chunk) in bytes.chunks(CHUNK as usize).enumerate() {
-            store(&mut records, start + i as u64 * CHUNK, chunk, file)?;
-            watch.copied(pid, chunk.len() as u64)?;
-        }
+/// The reader of the space that is being read: runs of one space follow each other.
+struct Readers<'a> {
+    spaces: &'a [Space<'a>],
+    now: Option<(usize, Reader)>,
+}
+
+impl<'a> Readers<'a> {
+    fn new(spaces: &'a [Space<'a>]) -> Self {
+        Readers { spaces, now: None }
     }
-    records.extend(guards);
-    records.sort_by_key(|r| r.address);
-    Ok(records)
+
+    fn of(&mut self, space: usize) -> Result<&Reader> {
+        let reader = match self.now.take() {
+            Some((of, reader)) if of == space => reader,
+            _ => Reader::open(self.spaces[space].pid)?,
+        };
+        Ok(&self.now.insert((space, reader)).1)
+    }
+}
+
+impl Copied {
+    /// The records of every space. Writes what was staged to the first of the files.
+    pub(crate) fn finish(
+        self,
+        root: Pid,
+        stage: Option<&Stage>,
+        file: &mut DataFile,
+        watch: &Watch<'_>,
+    ) -> Result<Vec<Vec<Record>>> {
+        let own = match (self.pages, stage) {
+            (Pages::Written(records), _) => records,
+            (Pages::Staged(runs), Some(stage)) => {
+                let mut records = vec![Vec::new(); self.spaces.len()];
+                for (run, at) in runs {
+                    let bytes = &stage.bytes()[at..at + (run.end - run.start) as usize];
+                    for (i, chunk) in bytes.chunks(CHUNK as usize).enumerate() {
+                        store(&mut records[run.space], run.start + i as u64 * CHUNK, chunk, file)?;
+                        watch.copied(root, chunk.len() as u64)?;
+                    }
+                }
+                records
+            }
+            (Pages::Staged(_), None) => {
+                return Err(Error::Inconsistent { pid: root, what: "the stage is gone".into() });
+            }
+        };
+        let mut all: Vec<Vec<Record>> = Vec::with_capacity(own.len());
+        for (mut records, rest) in own.into_iter().zip(self.spaces) {
+            records.extend(rest.guards);
+            if let Some(parent) = rest.parent {
+                for (start, end) in rest.inherited {
+                    slice(&all[parent], start, end, &mut records);
+                }
+            }
+            records.sort_by_key(|r| r.address);
+            all.push(records);
+        }
+        Ok(all)
+    }
+}
+
+/// Adds the parts of sorted `records` that lie in a range.
+fn slice(records: &[Record], start: u64, end: u64, to: &mut Vec<Record>) {
+    let first = records.partition_point(|r| r.address + r.length <= start);
+    for record in records[first..].iter().take_while(|r| r.address < end) {
+        let address = record.address.max(start);
+        let length = (record.address + record.length).min(end) - address;
+        let offset = if record.place == Where::Data {
+            record.offset + (address - record.address)
+        } else {
+            record.offset
+        };
+        to.push(Record { address, length, offset, ..*record });
+    }
 }
 
 /// How many writers `bytes` of memory are worth on this machine.
@@ -233,12 +371,12 @@ pub(crate) fn most_files() -> u32 {
 }
 
 /// Private areas that lie side by side, as one.
-fn joined(vmas: &[Vma]) -> Vec<Run> {
-    let mut all: Vec<Run> = Vec::new();
+fn joined(vmas: &[Vma]) -> Vec<(u64, u64)> {
+    let mut all: Vec<(u64, u64)> = Vec::new();
     for vma in vmas.iter().filter(|v| v.private()) {
         match all.last_mut() {
-            Some(last) if last.end == vma.start => last.end = vma.end,
-            _ => all.push(Run { start: vma.start, end: vma.end }),
+            Some(last) if last.1 == vma.start => last.1 = vma.end,
+            _ => all.push((vma.start, vma.end)),
         }
     }
     all
@@ -253,7 +391,7 @@ fn split(runs: &[Run], size: u64) -> Vec<Vec<Run>> {
         while rest.end - rest.start > room {
             let middle = rest.start + room;
             if room > 0 {
-                shares.last_mut().expect("never empty").push(Run { start: rest.start, end: middle });
+                shares.last_mut().expect("never empty").push(Run { end: middle, ..rest });
             }
             shares.push(Vec::new());
             rest.start = middle;
@@ -265,22 +403,32 @@ fn split(runs: &[Run], size: u64) -> Vec<Vec<Run>> {
     shares
 }
 
-fn copy_runs(pid: Pid, runs: &[Run], file: &mut DataFile, watch: &Watch<'_>) -> Result<Vec<Record>> {
-    let reader = Reader::open(pid)?;
-    let mut records: Vec<Record> = Vec::new();
+fn copy_runs(
+    spaces: &[Space<'_>],
+    runs: &[Run],
+    file: &mut DataFile,
+    watch: &Watch<'_>,
+) -> Result<Vec<(usize, Vec<Record>)>> {
+    let mut readers = Readers::new(spaces);
+    let mut all: Vec<(usize, Vec<Record>)> = Vec::new();
     let mut buffer = vec![0u8; CHUNK as usize];
     for run in runs {
+        let reader = readers.of(run.space)?;
+        if all.last().is_none_or(|(space, _)| *space != run.space) {
+            all.push((run.space, Vec::new()));
+        }
+        let (_, records) = all.last_mut().expect("pushed above");
         let mut at = run.start;
         while at < run.end {
             let length = (run.end - at).min(CHUNK);
             let bytes = &mut buffer[..length as usize];
             reader.read(at, bytes)?;
-            store(&mut records, at, bytes, file)?;
-            watch.copied(pid, length)?;
+            store(records, at, bytes, file)?;
+            watch.copied(reader.pid, length)?;
             at += length;
         }
     }
-    Ok(records)
+    Ok(all)
 }
 
 /// Appends `bytes`, which belong at `address`, to the file, leaving out pages of zeros.
@@ -389,7 +537,8 @@ pub(crate) fn copy_inode(
                 at = at.max(end);
             }
         }
-        Content::Mapped(areas) => {
+        Content::Mapped(pid, areas) => {
+            let pid = *pid;
             let mut areas = areas.clone();
             areas.sort_by_key(|a| a.1);
             let memory = Memory::open(pid, false).map_err(Error::kernel(pid, "opening its memory"))?;
@@ -421,7 +570,8 @@ mod tests {
 
     #[test]
     fn shares_cover_every_byte_once() {
-        let runs = [Run { start: 0, end: 5 * PAGE }, Run { start: 9 * PAGE, end: 10 * PAGE }];
+        let run = |start, end| Run { space: 0, start: start * PAGE, end: end * PAGE };
+        let runs = [run(0, 5), run(9, 10)];
         for size in 1..8 {
             let shares = split(&runs, size * PAGE);
             let total: u64 = shares.iter().flatten().map(|r| r.end - r.start).sum();

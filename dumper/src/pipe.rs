@@ -15,14 +15,15 @@ use crate::description::Found;
 use crate::error::{Error, Result};
 use crate::inode;
 
-pub(crate) fn collect(collector: &mut Collector, all: &[Found], found: &Found) -> Result<Option<Kind>> {
+/// Collects the pipe behind `found`; `all` are the descriptors of the tree for it.
+pub(crate) fn collect(collector: &mut Collector, all: &[&Found], found: &Found) -> Result<Option<Kind>> {
     let named = !found.link.starts_with(b"pipe:[");
     if found.info.flags & libc::O_PATH as u32 != 0 {
         return Ok(inode::by_path(collector, &found.title(), &found.link.as_slice().into(), &found.stat)
             .map(Kind::File));
     }
     let key = (found.stat.st_dev, found.stat.st_ino);
-    let ends = || all.iter().filter(move |f| (f.stat.st_dev, f.stat.st_ino) == key);
+    let ends = || all.iter().copied();
     let mode = |f: &Found| f.info.flags & libc::O_ACCMODE as u32;
     let reader = ends().find(|f| mode(f) != libc::O_WRONLY as u32);
     let writer = ends().find(|f| mode(f) != libc::O_RDONLY as u32);
@@ -82,8 +83,8 @@ fn has_other_end(fd: &OwnedFd) -> bool {
 }
 
 /// Copies what is in a pipe without taking it out.
-fn contents(collector: &Collector, reader: &Found, capacity: i32) -> Result<Bytes> {
-    let pid = collector.pid;
+fn contents(collector: &mut Collector, reader: &Found, capacity: i32) -> Result<Bytes> {
+    let pid = reader.pid;
     let fail = |call: &'static str, errno| {
         Error::kernel(pid, format!("reading {}", reader.title()))(torpor_kernel::Error::syscall(
             call, reader.fd, errno,

@@ -15,10 +15,10 @@ use torpor_kernel::process::{self, BlockedCall};
 pub(crate) struct Restarts(HashMap<Tid, (BlockedCall, u64)>);
 
 impl Restarts {
-    /// Looks at every thread of a running process. A thread that cannot be looked at is left out.
-    pub(crate) fn look(pid: Pid) -> Self {
-        let tids = process::tasks(pid).unwrap_or_default();
-        let seen = tids.into_iter().filter_map(|tid| {
+    /// Looks at every thread of running processes. A thread that cannot be looked at is left out.
+    pub(crate) fn look(pids: impl IntoIterator<Item = Pid>) -> Self {
+        let tids = |pid| process::tasks(pid).unwrap_or_default().into_iter().map(move |tid| (pid, tid));
+        let seen = pids.into_iter().flat_map(tids).filter_map(|(pid, tid)| {
             let call = process::blocked_call(pid, tid).ok()??;
             if call.nr as u64 != arch::nr::RESTART_SYSCALL {
                 return None;

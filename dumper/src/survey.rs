@@ -12,11 +12,26 @@ use crate::collect::{Collector, stat_path};
 use crate::error::{Error, Refusal, Result};
 use crate::{description, freeze, task, vma};
 
-/// What a dump of a process would find.
+/// What a dump of a tree would find.
 #[derive(Clone, Debug)]
 pub struct Survey {
+    /// Its processes, the root first and every other after its parent.
+    pub processes: Vec<Process>,
+    /// Processes that have ended and wait for their parents: pid, parent, name.
+    pub zombies: Vec<(Pid, Pid, String)>,
+    /// What a dump refuses, by name.
+    pub refusals: Vec<Refusal>,
+    /// What a dump would leave out and say so in the manifest.
+    pub losses: Vec<String>,
+}
+
+/// One process of a tree.
+#[derive(Clone, Debug)]
+pub struct Process {
     /// The process.
     pub pid: Pid,
+    /// Its parent.
+    pub ppid: Pid,
     /// Its name.
     pub name: String,
     /// How many threads it has.
@@ -25,43 +40,187 @@ pub struct Survey {
     pub resident: u64,
     /// How many areas its memory has.
     pub areas: usize,
-    /// Descriptors: number, kind and name.
-    pub descriptors: Vec<(i32, &'static str, String)>,
-    /// What a dump refuses, by name.
-    pub refusals: Vec<Refusal>,
-    /// What a dump would leave out and say so in the manifest.
-    pub losses: Vec<String>,
+    /// Its descriptors.
+    pub descriptors: Vec<Descriptor>,
 }
 
-/// Looks at a process that runs.
-pub(crate) fn survey(pid: Pid) -> Result<(Survey, Vec<Mapping>)> {
-    let status = preconditions(pid)?;
-    let mut collector = Collector::new(pid, true)?;
-    refuse_process(&mut collector, &status)?;
-    let table = description::collect(&mut collector)?;
-    let maps = vma::read(&collector)?;
-    let areas = vma::collect(&mut collector, &maps)?.len();
-    task::exe(&mut collector)?;
-    let descriptors = table
-        .descriptors
-        .iter()
-        .map(|d| {
-            let kind = collector.objects.descriptions[d.description.0 as usize].kind.noun();
-            let link = fds::readlink(pid, d.fd).unwrap_or_default();
-            (d.fd, kind, String::from_utf8_lossy(&link).into_owned())
-        })
-        .collect();
-    let survey = Survey {
-        pid,
-        name: String::from_utf8_lossy(&status.name).into_owned(),
-        threads: status.threads,
-        resident: status.rss_kb * 1024,
-        areas,
-        descriptors,
-        refusals: collector.refusals,
-        losses: collector.losses,
-    };
+/// A descriptor of a process.
+#[derive(Clone, Debug)]
+pub struct Descriptor {
+    /// Its number.
+    pub fd: i32,
+    /// What it is, in a word or two.
+    pub kind: &'static str,
+    /// Its name.
+    pub name: String,
+    /// Number of the description behind it: the same for all that share it.
+    pub description: u32,
+}
+
+impl Survey {
+    /// The root of the tree.
+    pub fn root(&self) -> &Process {
+        &self.processes[0]
+    }
+
+    /// Threads of all processes.
+    pub fn threads(&self) -> u32 {
+        self.processes.iter().map(|p| p.threads).sum()
+    }
+
+    /// Resident memory of all processes in bytes; what they share counts for each.
+    pub fn resident(&self) -> u64 {
+        self.processes.iter().map(|p| p.resident).sum()
+    }
+}
+
+/// How often a running tree is looked at before a refusal is believed: what is seen of processes that come and
+/// go need not fit together.
+const LOOKS: u32 = 3;
+
+/// Looks at a tree that runs. Gives the memory maps of its processes, too.
+pub(crate) fn survey(root: Pid) -> Result<(Survey, Vec<(Pid, Vec<Mapping>)>)> {
+    let (mut survey, mut maps) = look(root)?;
+    for _ in 1..LOOKS {
+        if survey.refusals.is_empty() || survey.processes.len() == 1 {
+            break;
+        }
+        let before = std::mem::take(&mut survey.refusals);
+        (survey, maps) = look(root)?;
+        survey.refusals.retain(|r| before.contains(r));
+    }
     Ok((survey, maps))
+}
+
+fn look(root: Pid) -> Result<(Survey, Vec<(Pid, Vec<Mapping>)>)> {
+    let mut found = members(root)?;
+    let mut collector = Collector::new(root, true);
+    collector.members = found.living.iter().map(|(pid, _)| pid.0).collect();
+    let mut tables = Vec::new();
+    found.living.retain(|&(pid, _)| {
+        // Only the root must be there; another process may end at any moment.
+        match description::look(living(pid)) {
+            Ok(table) => tables.push(Ok(table)),
+            Err(e) if pid == root => tables.push(Err(e)),
+            Err(_gone) if has_ended(pid) => return false,
+            Err(e) => tables.push(Err(e)),
+        }
+        true
+    });
+    let tables = tables.into_iter().collect::<Result<Vec<_>>>()?;
+    let links: Vec<Vec<Vec<u8>>> =
+        tables.iter().map(|t| t.iter().map(|f| f.link.clone()).collect()).collect();
+    let numbers: Vec<Vec<i32>> = tables.iter().map(|t| t.iter().map(|f| f.fd).collect()).collect();
+    let tables = match description::collect(&mut collector, tables) {
+        Ok(tables) => tables,
+        Err(e) if has_ended(collector.pid) && collector.pid != root => {
+            // Once more without the one that has ended meanwhile.
+            let _gone = e;
+            return look(root);
+        }
+        Err(e) => return Err(e),
+    };
+    let (mut processes, mut maps) = (Vec::new(), Vec::new());
+    for (i, (pid, status)) in found.living.iter().enumerate() {
+        collector.turn_to(living(*pid));
+        let (before, lost) = (collector.refusals.len(), collector.losses.len());
+        let area = match process(&mut collector, root, *pid, status) {
+            Ok(area) => area,
+            Err(_gone) if *pid != root && has_ended(*pid) => {
+                collector.refusals.truncate(before);
+                collector.losses.truncate(lost);
+                continue;
+            }
+            Err(e) => return Err(e),
+        };
+        let descriptors = tables[i].descriptors.iter().map(|d| {
+            let at = numbers[i].iter().position(|fd| *fd == d.fd);
+            let link = at.map_or(&[][..], |at| &links[i][at]);
+            Descriptor {
+                fd: d.fd,
+                kind: collector.objects.descriptions[d.description.0 as usize].kind.noun(),
+                name: String::from_utf8_lossy(link).into_owned(),
+                description: d.description.0,
+            }
+        });
+        processes.push(Process {
+            pid: *pid,
+            ppid: Pid(status.ppid),
+            name: String::from_utf8_lossy(&status.name).into_owned(),
+            threads: status.threads,
+            resident: status.rss_kb * 1024,
+            areas: area.0,
+            descriptors: descriptors.collect(),
+        });
+        maps.push((*pid, area.1));
+    }
+    let Collector { refusals, losses, .. } = collector;
+    Ok((Survey { processes, zombies: found.zombies, refusals, losses }, maps))
+}
+
+/// What is asked of a process besides its descriptors: the count of its areas, and its map.
+fn process(
+    collector: &mut Collector,
+    root: Pid,
+    pid: Pid,
+    status: &status::Status,
+) -> Result<(usize, Vec<Mapping>)> {
+    refuse_process(collector, pid == root, status)?;
+    let maps = vma::read(collector)?;
+    let areas = vma::collect(collector, &maps)?.len();
+    task::exe(collector)?;
+    Ok((areas, maps))
+}
+
+/// Processes of a tree that runs.
+struct Members {
+    living: Vec<(Pid, status::Status)>,
+    zombies: Vec<(Pid, Pid, String)>,
+}
+
+/// Lists the tree below `root`. What comes and goes meanwhile may be missing.
+fn members(root: Pid) -> Result<Members> {
+    let mut all = Members { living: vec![(root, preconditions(root)?)], zombies: Vec::new() };
+    let mut next = 0;
+    while next < all.living.len() {
+        let parent = all.living[next].0;
+        for child in process::children(parent).unwrap_or_default() {
+            let Ok(status) = status::of_process(child) else { continue };
+            if all.living.iter().any(|(pid, _)| *pid == child) {
+                continue;
+            }
+            if has_ended(child) {
+                let name = String::from_utf8_lossy(&status.name).into_owned();
+                all.zombies.push((child, parent, name));
+            } else {
+                match preconditions(child) {
+                    Ok(status) => all.living.push((child, status)),
+                    Err(_) if has_ended(child) => {}
+                    Err(e) => return Err(e),
+                }
+            }
+        }
+        next += 1;
+    }
+    Ok(all)
+}
+
+/// Whether nothing of a process is left, or only what its parent must collect.
+fn has_ended(pid: Pid) -> bool {
+    match status::of_process(pid) {
+        Ok(status) if matches!(status.state, 'Z' | 'X') => process::tasks(pid).map_or(true, |t| t.len() < 2),
+        Ok(_) => process::is_ending(pid) && process::tasks(pid).map_or(true, |t| t.len() < 2),
+        Err(e) => e.is_gone(),
+    }
+}
+
+/// A thread of the process that lives: its first one may have ended while others go on.
+pub(crate) fn living(pid: Pid) -> Pid {
+    if status::of_process(pid).is_ok_and(|s| s.state != 'Z') {
+        return pid;
+    }
+    let lives = |tid: &torpor_kernel::ids::Tid| status::of_task(pid, *tid).is_ok_and(|s| s.state != 'Z');
+    process::tasks(pid).unwrap_or_default().into_iter().find(lives).map_or(pid, |tid| Pid(tid.0))
 }
 
 /// What makes any look at a process pointless.
@@ -84,13 +243,8 @@ fn preconditions(pid: Pid) -> Result<status::Status> {
     if process::is_kernel_thread(pid).map_err(Error::kernel(pid, "reading its stat"))? {
         return not("it is a thread of the kernel");
     }
-    if status.state == 'Z' || status.state == 'X' {
-        let others = process::tasks(pid).map_or(0, |t| t.len());
-        return not(if others > 1 {
-            "its first thread has exited while others go on; dumping such a process comes with trees"
-        } else {
-            "it has ended and waits for its parent to collect its status"
-        });
+    if (status.state == 'Z' || status.state == 'X') && process::tasks(pid).map_or(0, |t| t.len()) < 2 {
+        return not("it has ended and waits for its parent to collect its status");
     }
     if status.tracer_pid != 0 {
         return Err(Error::Traced {
@@ -102,8 +256,12 @@ fn preconditions(pid: Pid) -> Result<status::Status> {
     Ok(status)
 }
 
-/// Refusals about the process as a whole.
-pub(crate) fn refuse_process(collector: &mut Collector, status: &status::Status) -> Result<()> {
+/// Refusals about the process as a whole; the root must share nothing with processes outside.
+pub(crate) fn refuse_process(
+    collector: &mut Collector,
+    is_root: bool,
+    status: &status::Status,
+) -> Result<()> {
     let pid = collector.pid;
     let theirs = match process::namespaces(pid) {
         Ok(all) => all,
@@ -124,15 +282,6 @@ pub(crate) fn refuse_process(collector: &mut Collector, status: &status::Status)
     if status.seccomp != 0 {
         collector.refuse("seccomp", "its filters cannot be dumped yet", "start the program without them");
     }
-    let children = process::children(pid).map_err(Error::kernel(pid, "listing its children"))?;
-    if !children.is_empty() {
-        let list: Vec<String> = children.iter().map(|c| format!("{c} ({})", freeze::name_of(c.0))).collect();
-        collector.refuse(
-            format!("its children {}", list.join(", ")),
-            "trees of several processes cannot be dumped yet",
-            "dump it while it has none",
-        );
-    }
     for (kind, what) in [
         (KcmpType::Vm, "memory"),
         (KcmpType::Files, "descriptor table"),
@@ -141,7 +290,8 @@ pub(crate) fn refuse_process(collector: &mut Collector, status: &status::Status)
     ] {
         let parent = Pid(status.ppid);
         // A parent that we may not look at shares nothing with a process that we may.
-        if parent.0 != 0
+        if is_root
+            && parent.0 != 0
             && fds::kcmp(pid, parent, kind, 0, 0).is_ok_and(|order| order == std::cmp::Ordering::Equal)
         {
             collector.refuse(

@@ -3,7 +3,7 @@
 use torpor_image::extent::Extents;
 use torpor_image::inode::Source;
 use torpor_image::memory::{AddressSpace, MmFields};
-use torpor_image::task::Task;
+use torpor_image::task::{Shares, Task};
 use torpor_image::vma::Vma;
 use torpor_image::{Bytes, InodeId, Pid as ImagePid};
 use torpor_kernel::maps::Mapping;
@@ -102,7 +102,7 @@ pub(crate) fn collect(
     vmas: Vec<Vma>,
     table: Table,
 ) -> Result<Collected> {
-    let pid = frozen.pid();
+    let (own_pid, pid) = (frozen.pid(), frozen.living());
     let memory = Memory::open(pid, true).map_err(Error::kernel(pid, "opening its memory"))?;
     let tids: Vec<_> = frozen.threads().iter().map(|t| t.tid).collect();
     let stopped: Vec<thread::Stopped> =
@@ -111,15 +111,13 @@ pub(crate) fn collect(
         thread::refuse(collector, thread);
         if thread.lost_call {
             let tid = thread.before.tid;
-            collector
-                .losses
-                .push(format!("thread {tid}: which call a signal interrupts; it fails with EINTR"));
+            collector.lose(format!("thread {tid}: which call a signal interrupts; it fails with EINTR"));
         }
     }
     let posix = timers::timers(pid).map_err(Error::kernel(pid, "reading its timers"))?;
     timer::refuse(collector, &posix, stopped.len());
     if !collector.refusals.is_empty() {
-        return Err(Error::Refused { pid, refusals: std::mem::take(&mut collector.refusals) });
+        return Err(Error::Refused { pid: own_pid, refusals: std::mem::take(&mut collector.refusals) });
     }
 
     let mut leader = Script::new();
@@ -137,16 +135,21 @@ pub(crate) fn collect(
     let taken = stopped
         .iter()
         .fold(0, |all, s| all | s.status.caught | s.status.sig_pending | s.status.shared_pending);
-    let entry = Entry { maps, gadgets: known.0, taken_signals: taken };
+    // Ids as the process itself sees them differ from ours in a pid namespace of its own.
+    let own_tgid = if frozen.leader_ended() { own_pid.0 } else { stopped[0].before.own_tid };
+    let entry = Entry { maps, gadgets: known.0, taken_signals: taken, own_tgid };
     let outcomes = inject::run(frozen, &memory, &before, &entry, &scripts)?;
 
     let first = &outcomes[0];
     // Read after the timers: a signal that a timer sends in between is kept twice rather than lost.
     let shared_pending = thread::infos(
-        ptrace::pending(pid.leader(), true).map_err(Error::kernel(pid, "reading pending signals"))?,
+        ptrace::pending(torpor_kernel::ids::Tid(pid.0), true)
+            .map_err(Error::kernel(pid, "reading pending signals"))?,
     );
     let fail = |what: &str| Error::kernel(pid, format!("reading {what}"));
-    let stat = stat::of_process(pid).map_err(fail("its stat"))?;
+    let stat = stat::of_process(own_pid).map_err(fail("its stat"))?;
+    // Of a first thread that has ended no addresses are shown.
+    let addresses = stat::of_process(pid).map_err(fail("its stat"))?;
     let status = stopped[0].status.clone();
     let signals = signal::assemble(&asked_signals, first, shared_pending);
     let timers = timer::assemble(&asked_timers, first, &posix);
@@ -159,25 +162,25 @@ pub(crate) fn collect(
         .collect::<Result<Vec<_>>>()?;
     let policy = first.result(asked.machine_checks);
     if policy >= 0 && policy != PR_MCE_KILL_DEFAULT {
-        collector.losses.push(format!("the machine check policy {policy} (PR_MCE_KILL)"));
+        collector.lose(format!("the machine check policy {policy} (PR_MCE_KILL)"));
     }
     let tsc = first.u32(asked.tsc);
     if tsc != 0 && tsc != PR_TSC_ENABLE {
-        collector.losses.push("that reading the time stamp counter is a fault (PR_SET_TSC)".to_owned());
+        collector.lose("that reading the time stamp counter is a fault (PR_SET_TSC)");
     }
     let number = |op: OpId| first.result(op).max(0) as u32;
     let fields = MmFields {
-        start_code: stat.start_code,
-        end_code: stat.end_code,
-        start_data: stat.start_data,
-        end_data: stat.end_data,
-        start_brk: stat.start_brk,
+        start_code: addresses.start_code,
+        end_code: addresses.end_code,
+        start_data: addresses.start_data,
+        end_data: addresses.end_data,
+        start_brk: addresses.start_brk,
         brk: first.result(asked.brk) as u64,
-        start_stack: stat.start_stack,
-        arg_start: stat.arg_start,
-        arg_end: stat.arg_end,
-        env_start: stat.env_start,
-        env_end: stat.env_end,
+        start_stack: addresses.start_stack,
+        arg_start: addresses.arg_start,
+        arg_end: addresses.arg_end,
+        env_start: addresses.env_start,
+        env_end: addresses.env_end,
     };
     let vdso = vdso(maps, &memory).map_err(fail("its vdso"))?;
     let address_space = AddressSpace {
@@ -194,7 +197,7 @@ pub(crate) fn collect(
         membarrier: number(asked.membarrier),
     };
     let task = Task {
-        pid: ImagePid(pid.0),
+        pid: ImagePid(own_pid.0),
         ppid: ImagePid(stat.ppid),
         pgid: ImagePid(stat.pgrp),
         sid: ImagePid(stat.session),
@@ -212,6 +215,10 @@ pub(crate) fn collect(
         personality: process::personality(pid).map_err(fail("its personality"))?,
         oom_score_adj: process::oom_score_adj(pid).map_err(fail("its oom_score_adj"))?,
         child_subreaper: first.u32(asked.subreaper) != 0,
+        exit_signal: stat.exit_signal,
+        stop_report: if stopped_by_job_control { stat.exit_code & 0x7f } else { 0 },
+        leader_ended: frozen.leader_ended().then_some(stat.exit_code),
+        shares: Shares::default(),
     };
     Ok(Collected { task, vdso })
 }

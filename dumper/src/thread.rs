@@ -88,7 +88,7 @@ pub(crate) fn infos(pending: Vec<ptrace::SignalInfo>) -> Vec<Bytes> {
 
 /// Refuses threads in which the executor could not run, or not without harm, before any is entered.
 pub(crate) fn refuse(collector: &mut Collector, stopped: &Stopped) {
-    let tid = stopped.before.tid;
+    let (tid, leader) = (stopped.before.tid, collector.pid);
     let mut refuse = |what: &str, why: &str, remedy: &str| {
         collector.refuse(format!("{what} of thread {tid}"), why, remedy);
     };
@@ -101,10 +101,9 @@ pub(crate) fn refuse(collector: &mut Collector, stopped: &Stopped) {
     if stopped.status.x86_thread_features.split(|b| *b == b' ').any(|f| f == b"shstk") {
         refuse("the shadow stack", "it cannot be dumped yet", "start the program without it");
     }
-    let leader = Pid(stopped.status.tgid);
     for (kind, what) in [(KcmpType::Files, "the descriptor table"), (KcmpType::Fs, "the working directory")] {
         let own = |order| order != std::cmp::Ordering::Equal;
-        if tid != leader.leader() && fds::kcmp(leader, Pid(tid.0), kind, 0, 0).is_ok_and(own) {
+        if tid.0 != leader.0 && fds::kcmp(leader, Pid(tid.0), kind, 0, 0).is_ok_and(own) {
             refuse(what, "it is not that of the other threads (unshare)", "end the thread before the dump");
         }
     }

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 
 /// A periodic timer that has expired stands still until it is looked at, and only then the kernel counts the
 /// periods that went by (fs/timerfd.c): so it is looked at first, which its owner cannot notice.
-pub(crate) fn collect(collector: &Collector, found: &Found, timer: &Timerfd) -> Result<Kind> {
+pub(crate) fn collect(collector: &mut Collector, found: &Found, timer: &Timerfd) -> Result<Kind> {
     let mut timer = *timer;
     if timer.it_value == (0, 0) && timer.it_interval != (0, 0) && !collector.live {
         let fd = found.get(collector)?;

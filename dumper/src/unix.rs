@@ -66,7 +66,7 @@ fn state(collector: &mut Collector, found: &Found, diag: &sock_diag::UnixSocket)
     match (diag.state, diag.peer) {
         (LISTEN, _) => {
             // Those of this process are told from the client's side.
-            let outside = diag.pending.iter().copied().find(|client| !owns(collector, *client));
+            let outside = diag.pending.iter().copied().find(|client| !collector.owns_socket(*client));
             if outside.is_some() {
                 collector.refuse(
                     found.title(),
@@ -80,7 +80,7 @@ fn state(collector: &mut Collector, found: &Found, diag: &sock_diag::UnixSocket)
         // The kernel keeps the peer of a socket whose other end was closed, but without a number.
         (_, Some(0)) if diag.shutdown & 3 == 3 || diag.kind == libc::SOCK_DGRAM => Ok(Some(State::Orphaned)),
         (_, Some(0)) => match collector.unix_listener_of(diag.inode)? {
-            Some(listener) if owns(collector, listener.inode) && diag.wqueue == 0 => {
+            Some(listener) if collector.owns_socket(listener.inode) && diag.wqueue == 0 => {
                 Ok(Some(State::Waiting { listener: listener.inode }))
             }
             _ => {
@@ -92,7 +92,7 @@ fn state(collector: &mut Collector, found: &Found, diag: &sock_diag::UnixSocket)
         },
         (_, Some(peer)) => {
             let back = collector.unix_socket(peer)?.and_then(|p| p.peer);
-            if owns(collector, peer) && back == Some(diag.inode) {
+            if collector.owns_socket(peer) && back == Some(diag.inode) {
                 return Ok(Some(State::Connected { peer }));
             }
             let why = "its other end belongs to another process, or is not connected back";
@@ -103,13 +103,6 @@ fn state(collector: &mut Collector, found: &Found, diag: &sock_diag::UnixSocket)
         (ESTABLISHED, None) if diag.kind != libc::SOCK_DGRAM => Ok(Some(State::Orphaned)),
         _ => Ok(Some(State::Idle)),
     }
-}
-
-/// Whether the process has a descriptor for socket `number`.
-fn owns(collector: &Collector, number: u32) -> bool {
-    let link = format!("socket:[{number}]").into_bytes();
-    let Ok(all) = torpor_kernel::fds::list(collector.pid) else { return false };
-    all.into_iter().any(|fd| torpor_kernel::fds::readlink(collector.pid, fd).is_ok_and(|l| l == link))
 }
 
 /// What waits to be received. Peeking takes nothing away; `SO_PEEK_OFF`, which walks over datagrams, is put

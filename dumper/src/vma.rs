@@ -216,7 +216,7 @@ fn without_map_files(collector: &mut Collector, mapping: &Mapping, device: u64) 
     stat.st_ino = mapping.inode;
     stat.st_mode = libc::S_IFREG | 0o777;
     let id = collector.add_inode(&stat, Source::SharedMemory { content: Extents::default() });
-    collector.contents.push((id, Content::Mapped(Vec::new())));
+    collector.contents.push((id, Content::Mapped(collector.pid, Vec::new())));
     note_mapped(collector, id, mapping);
     id
 }
@@ -224,7 +224,9 @@ fn without_map_files(collector: &mut Collector, mapping: &Mapping, device: u64) 
 /// Adds an area to those an inode's contents are read from.
 fn note_mapped(collector: &mut Collector, id: InodeId, mapping: &Mapping) {
     let found = collector.contents.iter_mut().find(|(of, _)| *of == id);
-    if let Some((_, Content::Mapped(areas))) = found {
+    if let Some((_, Content::Mapped(pid, areas))) = found
+        && *pid == collector.pid
+    {
         areas.push((mapping.start, mapping.offset, mapping.end - mapping.start));
         let size = &mut collector.objects.inodes[id.0 as usize].size;
         *size = (*size).max(mapping.offset + (mapping.end - mapping.start));

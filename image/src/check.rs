@@ -3,7 +3,7 @@
 //! Images come over networks and may be hostile, and a restore runs with privileges: every id, range, and
 //! name that later code follows without looking is checked here, once.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::description::Kind;
 use crate::extent::{Extents, PAGE, Record, Where};
@@ -13,7 +13,7 @@ use crate::read::Image;
 use crate::socket::SocketOption;
 use crate::task::Task;
 use crate::vma::Mapping;
-use crate::{DescriptionId, Error, InodeId, PipeId, Result};
+use crate::{DescriptionId, Error, InodeId, Pid, PipeId, Result};
 
 /// The largest pid Linux gives (include/linux/threads.h, `PID_MAX_LIMIT`).
 const MAX_PID: i32 = 4 << 20;
@@ -52,6 +52,21 @@ pub fn manifest(manifest: &Manifest) -> Result<()> {
             return bad(format!("{pid} is no pid, or is listed twice"));
         }
     }
+    for zombie in &manifest.zombies {
+        let pid = zombie.pid;
+        if !(1..=MAX_PID).contains(&pid.0) || !pids.insert(&zombie.pid) {
+            return bad(format!("{pid} is no pid, or is listed twice"));
+        }
+        if !manifest.tasks.contains(&zombie.ppid) {
+            return bad(format!("zombie {pid} has parent {}, which does not live", zombie.ppid));
+        }
+        if !(1..=MAX_PID).contains(&zombie.pgid.0) || !(1..=MAX_PID).contains(&zombie.sid.0) {
+            return bad(format!("zombie {pid} has an impossible process group or session"));
+        }
+        if !(0..=64).contains(&zombie.exit_signal) {
+            return bad(format!("zombie {pid} has an impossible exit signal"));
+        }
+    }
     if manifest.tasks.first() != Some(&manifest.root) {
         return bad("its first process is not its root".to_owned());
     }
@@ -66,6 +81,53 @@ pub fn references(image: &Image) -> Result<()> {
             return Err(Error::damaged(&Task::file(*expected), "it holds another process"));
         }
         self::task(image, task)?;
+    }
+    relations(image)
+}
+
+/// Every process but the root comes after its parent and after those it shares something with, and no thread
+/// id is there twice.
+fn relations(image: &Image) -> Result<()> {
+    let mut before: BTreeMap<Pid, &Task> = BTreeMap::new();
+    let mut ids: BTreeSet<Pid> = image.manifest.zombies.iter().map(|z| z.pid).collect();
+    for task in &image.tasks {
+        let bad = |what: String| Err(Error::damaged(&Task::file(task.pid), what));
+        if !before.is_empty() && !before.contains_key(&task.ppid) {
+            return bad(format!("its parent {} does not stand before it", task.ppid));
+        }
+        if !(1..=MAX_PID).contains(&task.pgid.0) && task.pgid.0 != 0
+            || !(1..=MAX_PID).contains(&task.sid.0) && task.sid.0 != 0
+        {
+            return bad("its process group or session is impossible".to_owned());
+        }
+        if !(0..=64).contains(&task.exit_signal) || !(0..=64).contains(&task.stop_report) {
+            return bad("its exit signal or stop signal is impossible".to_owned());
+        }
+        if let Some(id) = task
+            .threads
+            .iter()
+            .map(|t| t.tid)
+            .chain(task.leader_ended.map(|_| task.pid))
+            .find(|t| !ids.insert(*t))
+        {
+            return bad(format!("thread id {id} is another's as well"));
+        }
+        let shares = task.shares;
+        type Share = fn(&Task) -> Option<Pid>;
+        let kinds: [(Option<Pid>, Share); 4] = [
+            (shares.memory, |t| t.shares.memory),
+            (shares.descriptors, |t| t.shares.descriptors),
+            (shares.directories, |t| t.shares.directories),
+            (shares.signal_actions, |t| t.shares.signal_actions),
+        ];
+        for (owner, of) in kinds {
+            if let Some(owner) = owner
+                && before.get(&owner).is_none_or(|o| of(o).is_some())
+            {
+                return bad(format!("it shares something with {owner}, which does not stand before it"));
+            }
+        }
+        before.insert(task.pid, task);
     }
     Ok(())
 }
@@ -134,7 +196,7 @@ fn objects(image: &Image) -> Result<()> {
 fn task(image: &Image, task: &Task) -> Result<()> {
     let file = Task::file(task.pid);
     let bad = |what: String| Err(Error::damaged(&file, what));
-    if task.threads.first().is_none_or(|t| t.tid != task.pid) {
+    if task.threads.first().is_none_or(|t| (t.tid != task.pid) != task.leader_ended.is_some()) {
         return bad("its first thread is not its leader".to_owned());
     }
     let mut tids = BTreeSet::new();

@@ -17,7 +17,7 @@
 use crate::{Error, Result};
 
 /// Format version: raised when an older reader would get the meaning wrong.
-pub const MAJOR: u16 = 1;
+pub const MAJOR: u16 = 2;
 /// Raised when fields are added that an older reader may ignore.
 pub const MINOR: u16 = 0;
 /// Bytes of the header.

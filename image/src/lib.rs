@@ -39,6 +39,7 @@ pub mod timerfd;
 pub mod unix;
 pub mod vma;
 pub mod write;
+pub mod zombie;
 
 pub use bytes::Bytes;
 pub use error::{Error, Result};

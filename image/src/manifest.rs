@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::zombie::Zombie;
 use crate::{Bytes, Pid};
 
 /// What an image is and what it consists of.
@@ -15,8 +16,11 @@ pub struct Manifest {
     pub host: Host,
     /// The root of the tree.
     pub root: Pid,
-    /// Every process, the root first.
+    /// Every process that lives, the root first and every other after its parent.
     pub tasks: Vec<Pid>,
+    /// Members that have ended and wait for their parents.
+    #[serde(default)]
+    pub zombies: Vec<Zombie>,
     /// Every other file of the image.
     pub files: Vec<ImageFile>,
     /// Whether the tree ran on after the capture: then what it did outside itself meanwhile is not undone.

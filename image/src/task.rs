@@ -48,6 +48,36 @@ pub struct Task {
     pub oom_score_adj: i32,
     /// prctl(PR_GET_CHILD_SUBREAPER)
     pub child_subreaper: bool,
+    /// The signal its parent gets when it ends.
+    #[serde(default = "sigchld")]
+    pub exit_signal: i32,
+    /// The stop signal its parent has not asked for yet; 0 for none.
+    #[serde(default)]
+    pub stop_report: i32,
+    /// The status its first thread has ended with, where others go on.
+    #[serde(default)]
+    pub leader_ended: Option<i32>,
+    /// What it has in common with another process.
+    #[serde(default)]
+    pub shares: Shares,
+}
+
+/// What a process shares with another one that stands before it in the image (clone(2)).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shares {
+    /// `CLONE_VM`: whose memory it is.
+    pub memory: Option<Pid>,
+    /// `CLONE_FILES`: whose descriptor table it is.
+    pub descriptors: Option<Pid>,
+    /// `CLONE_FS`: whose root, working directory and umask they are.
+    pub directories: Option<Pid>,
+    /// `CLONE_SIGHAND`: whose signal actions they are.
+    pub signal_actions: Option<Pid>,
+}
+
+/// `SIGCHLD`, on all architectures of Linux that Torpor knows (signal(7)).
+fn sigchld() -> i32 {
+    17
 }
 
 /// One entry of a descriptor table.
@@ -62,9 +92,14 @@ pub struct Descriptor {
 }
 
 impl Task {
-    /// The thread whose id is the process id.
+    /// The thread whose id is the process id; where that has ended, another one.
     pub fn leader(&self) -> &Thread {
         &self.threads[0]
+    }
+
+    /// All threads but the one whose id is the process id.
+    pub fn other_threads(&self) -> &[Thread] {
+        &self.threads[usize::from(self.leader_ended.is_none())..]
     }
 
     /// `PID (name)` for messages.

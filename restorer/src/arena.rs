@@ -10,7 +10,7 @@ use torpor_parasite::wire::Context;
 
 use crate::description::owned;
 use crate::error::{Error, Result};
-use crate::plan::{SHARED, TaskPlan};
+use crate::plan::{Place, SHARED};
 
 /// The mapping; unmapped on drop.
 #[derive(Debug)]
@@ -24,7 +24,7 @@ pub(crate) struct Arena {
 impl Arena {
     /// Maps parking place, executor and arena where the plan wants them. `None` when that place has been
     /// taken since the plan was made.
-    pub(crate) fn map(plan: &TaskPlan, what: &str) -> Result<Option<Self>> {
+    pub(crate) fn map(plan: Place, what: &str) -> Result<Option<Self>> {
         let length = plan.arena + plan.arena_length - plan.park;
         let reserve =
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
@@ -106,6 +106,21 @@ impl Arena {
         atomic.store(1, Ordering::Release);
         // SAFETY: FUTEX_WAKE only uses the address.
         unsafe { libc::syscall(libc::SYS_futex, address, libc::FUTEX_WAKE, i32::MAX) };
+    }
+
+    /// Waits a moment until a shared word is at least `value`; whether it is.
+    pub(crate) fn wait(&self, word: u32, value: u32) -> bool {
+        let address = (self.arena + 4 * u64::from(word)) as *mut u32;
+        // SAFETY: an aligned word of the arena, used as an atomic by everybody.
+        let atomic = unsafe { AtomicU32::from_ptr(address) };
+        let now = atomic.load(Ordering::Acquire);
+        if now >= value {
+            return true;
+        }
+        let moment = libc::timespec { tv_sec: 0, tv_nsec: 5_000_000 };
+        // SAFETY: FUTEX_WAIT reads the word and the timespec.
+        unsafe { libc::syscall(libc::SYS_futex, address, libc::FUTEX_WAIT, now, &raw const moment) };
+        atomic.load(Ordering::Acquire) >= value
     }
 
     /// Start and length of all of it.

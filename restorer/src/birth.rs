@@ -1,23 +1,245 @@
-//! Making a new task: clone3 with the pid it must have, as a copy of this process that runs the executor
-//! from its first instruction.
+//! How processes come into the world: the script of each from its first instruction until the whole tree is
+//! there, and the first call of all, which makes the root.
+//!
+//! The root is made by clone3 with the pid it must have, as a copy of this process that runs the executor from
+//! its first instruction; once it has no memory but that, it makes the others, and they theirs, as
+//! [`crate::lineage`] says. Nobody goes on before all are born, since groups can be joined only when their
+//! leaders are there, and stand-ins end only when nobody needs them any more.
 
 use nix::errno::Errno;
 use torpor_blob::ENTRY;
+use torpor_image::Image;
 use torpor_image::task::Task;
+use torpor_image::zombie::Zombie;
 use torpor_kernel::process;
+use torpor_parasite::call;
+use torpor_parasite::script::{Script, Value};
 use torpor_parasite::wire::STACK;
 
 use crate::error::{Error, Result};
-use crate::plan::TaskPlan;
-use crate::thread::CLONE_ARGS;
+use crate::host::Host;
+use crate::lineage::{Lineage, Role, Stage, Way};
+use crate::plan::Place;
+use crate::thread::{CLONE_ARGS, SET_TID};
+
+/// Shared words: who waits for a word does nothing before it has its value.
+pub(crate) mod word {
+    /// 1: the root is traced.
+    pub(crate) const ROOT: u32 = 0;
+    /// 1: all threads are traced.
+    pub(crate) const THREADS: u32 = 1;
+    /// Processes that have been born and lead the session or group they are to lead.
+    pub(crate) const BORN: u32 = 2;
+    /// Processes that are in their group.
+    pub(crate) const JOINED: u32 = 3;
+    /// 1: all processes are traced.
+    pub(crate) const TRACED: u32 = 4;
+}
+
+const PR_SET_CHILD_SUBREAPER: u64 = 36;
+const PR_SET_NAME: u64 = 15;
+/// sched.h, asm-generic/resource.h
+const RLIMIT_CORE: u64 = 4;
+
+/// Which contexts of the arena belong to whom.
+#[derive(Clone, Debug)]
+pub(crate) struct Contexts {
+    /// Of those that end at once after they made an orphan, by the orphan's number.
+    pub(crate) makers: Vec<(usize, u32)>,
+}
+
+/// The script of node `i` from its first instruction on. `fill` adds what makes its memory complete, where
+/// others begin with it.
+pub(crate) fn plan(
+    image: &Image,
+    host: &Host,
+    lineage: &Lineage,
+    i: usize,
+    contexts: &Contexts,
+    session: impl FnOnce(&mut Script),
+    fill: impl FnOnce(&mut Script),
+) -> Script {
+    let mut script = Script::new();
+    let node = &lineage.nodes[i];
+    if node.origin.is_some_and(|o| o.way != Way::Orphan) {
+        die_with_parent(&mut script);
+    }
+    if let Role::Task(task) = node.role
+        && image.tasks[task].child_subreaper
+    {
+        let args = [Value::Number(PR_SET_CHILD_SUBREAPER), Value::Number(1)];
+        script.call("the subreaper attribute", libc::SYS_prctl, &args);
+    }
+    let spawn_all = |script: &mut Script, stage| {
+        for (child, way) in lineage.made_by(i, stage) {
+            spawn(script, image, lineage, child, way, contexts);
+        }
+    };
+    spawn_all(&mut script, Stage::Early);
+    if node.leads_session() {
+        call!(script, "a session of its own", libc::SYS_setsid);
+    } else if node.leads_group() {
+        call!(script, "a process group of its own", libc::SYS_setpgid, 0, 0);
+    }
+    session(&mut script);
+    spawn_all(&mut script, Stage::Bare);
+    if lineage.made_by(i, Stage::Filled).next().is_some() {
+        fill(&mut script);
+        spawn_all(&mut script, Stage::Filled);
+    }
+    script.wake("being born", word::BORN);
+    script.wait("the birth of all", word::BORN, lineage.born());
+    if !node.leads_group() && !node.stand_in() {
+        match lineage.outside_group {
+            // The root is in it from its birth.
+            Some(group) if group == node.pgid && i == 0 => {}
+            Some(group) if group == node.pgid => {
+                call!(script, "torpor's process group", libc::SYS_setpgid, 0, host.pgid);
+            }
+            _ => {
+                call!(script, format!("process group {}", node.pgid), libc::SYS_setpgid, 0, node.pgid);
+            }
+        }
+    }
+    if !node.stand_in() {
+        script.wake("being in its group", word::JOINED);
+    }
+    match node.role {
+        Role::Task(_) => script.wait("being traced", word::TRACED, 1),
+        Role::Zombie(zombie) => {
+            script.wait("all being in their groups", word::JOINED, lineage.staying());
+            collect_stand_ins(&mut script, lineage, i);
+            end(&mut script, &image.manifest.zombies[zombie]);
+        }
+        Role::Session | Role::Group => {
+            script.wait("all being in their groups", word::JOINED, lineage.staying());
+            call!(script, "ending", libc::SYS_exit_group, 0);
+        }
+    }
+    script
+}
+
+/// Should its parent die before it is traced, the new process must not wait for ever.
+pub(crate) fn die_with_parent(script: &mut Script) {
+    let die = [Value::from(libc::PR_SET_PDEATHSIG), libc::SIGKILL.into()];
+    script.call("dying with its parent", libc::SYS_prctl, &die);
+}
+
+fn spawn(script: &mut Script, image: &Image, lineage: &Lineage, child: usize, way: Way, contexts: &Contexts) {
+    let node = &lineage.nodes[child];
+    if way == Way::Orphan {
+        let maker = contexts.makers.iter().find(|m| m.0 == child).map_or(0, |m| m.1);
+        let mut args = [0u64; CLONE_ARGS / 8];
+        args[4] = libc::SIGCHLD as u64;
+        let args = script.words(&args);
+        let purpose = format!("a process that makes pid {}", node.pid);
+        let made = script.spawn(purpose.clone(), args, maker, STACK, None);
+        let args = [Value::Result(made), 0.into(), libc::__WALL.into(), 0.into()];
+        script.call(purpose, libc::SYS_wait4, &args);
+        return;
+    }
+    let mut flags = if way == Way::Sibling { libc::CLONE_PARENT as u64 } else { 0 };
+    if let Role::Task(task) = node.role {
+        let shares = image.tasks[task].shares;
+        let flag = |shared: bool, flag: i32| if shared { flag as u64 } else { 0 };
+        flags |= flag(shares.memory.is_some(), libc::CLONE_VM)
+            | flag(shares.descriptors.is_some(), libc::CLONE_FILES)
+            | flag(shares.directories.is_some(), libc::CLONE_FS)
+            | flag(shares.signal_actions.is_some(), libc::CLONE_SIGHAND);
+    }
+    make(script, node.pid, flags, if way == Way::Sibling { 0 } else { node.exit_signal }, child as u32);
+}
+
+/// A new process with the given pid.
+fn make(script: &mut Script, pid: i32, flags: u64, exit_signal: i32, context: u32) {
+    let tid = script.data(&pid.to_ne_bytes());
+    let mut args = [0u64; CLONE_ARGS / 8];
+    args[0] = flags;
+    args[4] = exit_signal as u64;
+    args[9] = 1;
+    let args = script.words(&args);
+    script.point(args.at(SET_TID), tid);
+    script.spawn(format!("pid {pid}"), args, context, STACK, Some(i64::from(pid)));
+}
+
+/// The script of a process that makes an orphan and ends.
+pub(crate) fn maker(lineage: &Lineage, orphan: usize) -> Script {
+    let mut script = Script::new();
+    let node = &lineage.nodes[orphan];
+    make(&mut script, node.pid, 0, node.exit_signal, orphan as u32);
+    call!(script, "ending", libc::SYS_exit_group, 0);
+    script
+}
+
+/// Waits for the end of stand-ins and zombies, and forgets the signals that came of it.
+pub(crate) fn collect_children(script: &mut Script, lineage: &Lineage, i: usize) {
+    let mut signals = collect_stand_ins(script, lineage, i);
+    for node in lineage.nodes.iter().filter(|n| n.parent == Some(i) && matches!(n.role, Role::Zombie(_))) {
+        let info = script.reserve(128);
+        let purpose = format!("the end of pid {}, a zombie", node.pid);
+        let how = libc::WEXITED | libc::WNOWAIT | libc::__WALL;
+        call!(script, purpose, libc::SYS_waitid, libc::P_PID, node.pid, info, how, 0);
+        if node.exit_signal != 0 {
+            signals.push(node.exit_signal);
+        }
+    }
+    signals.extend(lineage.made_by(i, Stage::Bare).filter(|m| m.1 == Way::Orphan).map(|_| libc::SIGCHLD));
+    forget(script, &signals);
+}
+
+/// Takes pending signals away.
+pub(crate) fn forget(script: &mut Script, signals: &[i32]) {
+    for signal in signals {
+        let set = script.words(&[1u64 << (signal - 1)]);
+        let zero = script.words(&[0, 0]);
+        let args = [set.into(), 0.into(), zero.into(), 8.into()];
+        script.try_call("signals of ended stand-ins", libc::SYS_rt_sigtimedwait, &args);
+    }
+}
+
+fn collect_stand_ins(script: &mut Script, lineage: &Lineage, i: usize) -> Vec<i32> {
+    let mut signals = Vec::new();
+    for node in lineage.nodes.iter().filter(|n| n.parent == Some(i) && n.stand_in()) {
+        let purpose = format!("the end of pid {}, which stood in for a leader", node.pid);
+        let args = [Value::from(node.pid), 0.into(), libc::__WALL.into(), 0.into()];
+        script.call(purpose, libc::SYS_wait4, &args);
+        signals.push(node.exit_signal);
+    }
+    signals
+}
+
+/// Ends as the zombie has ended.
+fn end(script: &mut Script, zombie: &Zombie) {
+    let name = script.c_string(&zombie.name);
+    script.call("the name", libc::SYS_prctl, &[Value::Number(PR_SET_NAME), name.into()]);
+    let signal = zombie.status & 0x7f;
+    if signal == 0 {
+        call!(script, "ending", libc::SYS_exit_group, (zombie.status >> 8) & 0xff);
+        return;
+    }
+    let none = script.words(&[0, 0]);
+    script.call(
+        "writing no core",
+        libc::SYS_prlimit64,
+        &[0.into(), Value::Number(RLIMIT_CORE), none.into(), 0.into()],
+    );
+    let default = script.words(&[0, 0, 0, 0]);
+    if signal != libc::SIGKILL {
+        call!(script, "ending by a signal", libc::SYS_rt_sigaction, signal, default, 0, 8);
+    }
+    call!(script, "ending by a signal", libc::SYS_kill, zombie.pid.0, signal);
+    let set = script.words(&[1u64 << (signal - 1)]);
+    call!(script, "ending by a signal", libc::SYS_rt_sigprocmask, libc::SIG_UNBLOCK, set, 0, 8);
+    call!(script, "ending", libc::SYS_exit_group, 1);
+}
 
 /// asm-generic/rseq.h and glibc's sysdeps: the signature glibc registers with.
 const RSEQ_SIGNATURE: u32 = if cfg!(target_arch = "aarch64") { 0xd428_bc00 } else { 0x5305_3053 };
 const RSEQ_FLAG_UNREGISTER: i32 = 1;
 
-/// Makes the task; it waits for its shared word. `context` and `stack` are addresses in the arena.
-pub(crate) fn spawn(plan: &TaskPlan, task: &Task, context: u64, stack: u64) -> Result<()> {
-    let pid = task.pid.0;
+/// Makes the root; it waits for its shared word. `context` and `stack` are addresses in the arena.
+pub(crate) fn spawn_root(place: &Place, root: &Task, trap: i32, context: u64, stack: u64) -> Result<()> {
+    let pid = root.pid.0;
     let mut args = [0u64; CLONE_ARGS / 8];
     args[4] = libc::SIGCHLD as u64;
     args[5] = stack;
@@ -27,14 +249,14 @@ pub(crate) fn spawn(plan: &TaskPlan, task: &Task, context: u64, stack: u64) -> R
     let rseq = Rseq::take();
     // The new task must not run handlers of ours, nor miss its trap. Signals of libc's own are blocked too,
     // which its wrapper would not do.
-    let mask: u64 = !(1 << (plan.trap - 1));
+    let mask: u64 = !(1 << (trap - 1));
     let mut before = 0u64;
     // SAFETY: rt_sigprocmask reads and fills masks of eight bytes. `spawn` gets arguments for clone3 as
     // described there: a stack of its own, and executor and context that the copy of our memory has too.
     // Between the two masks nothing of ours runs in the child.
     let got = unsafe {
         libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const mask, &raw mut before, 8);
-        let got = arch::spawn(args.as_ptr() as u64, CLONE_ARGS as u64, plan.blob + ENTRY, context);
+        let got = arch::spawn(args.as_ptr() as u64, CLONE_ARGS as u64, place.blob + ENTRY, context);
         libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const before, 0, 8);
         got
     };
@@ -42,14 +264,14 @@ pub(crate) fn spawn(plan: &TaskPlan, task: &Task, context: u64, stack: u64) -> R
     if got >= 0 {
         return Ok(());
     }
-    Err(failure(task, task.pid.0, Errno::from_raw(-got as i32)))
+    Err(failure(&root.title(), pid, Errno::from_raw(-got as i32)))
 }
 
 /// Why an id could not be had.
-pub(crate) fn failure(task: &Task, id: i32, errno: Errno) -> Error {
+pub(crate) fn failure(task: &str, id: i32, errno: Errno) -> Error {
     match errno {
         Errno::EEXIST => Error::Conflict {
-            what: task.title(),
+            what: task.to_owned(),
             why: match process::who_holds(id) {
                 Some(name) => format!("pid {id} is taken by `{name}`"),
                 None => format!("pid {id} is taken, perhaps by the id of a process group or session"),
@@ -57,17 +279,17 @@ pub(crate) fn failure(task: &Task, id: i32, errno: Errno) -> Error {
             remedy: "wait until it ends, or stop it".into(),
         },
         Errno::EPERM => Error::Permission {
-            what: task.title(),
+            what: task.to_owned(),
             call: "clone3 with a given pid",
             errno,
             remedy: "run torpor as root or with CAP_CHECKPOINT_RESTORE",
         },
         Errno::EINVAL => Error::Unfit {
-            what: task.title(),
+            what: task.to_owned(),
             why: format!("this machine gives no pid as high as {id}, or its kernel none at all on request"),
             remedy: "raise /proc/sys/kernel/pid_max (Linux 5.5 or newer)".into(),
         },
-        errno => Error::Open { what: task.title(), call: "clone3", errno },
+        errno => Error::Open { what: task.to_owned(), call: "clone3", errno },
     }
 }
 

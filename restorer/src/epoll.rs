@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use torpor_image::description::Kind;
+use torpor_image::epoll::{Epoll, EpollTarget};
 use torpor_image::task::Task;
 use torpor_image::{DescriptionId, Image};
 use torpor_parasite::call;
@@ -10,15 +11,34 @@ use torpor_parasite::script::{Script, Value};
 
 use crate::description::Numbers;
 
+/// Index of the task that fills a set.
+fn filler(image: &Image, set: DescriptionId, epoll: &Epoll) -> Option<usize> {
+    let has = |task: &Task, id: DescriptionId| task.descriptors.iter().any(|d| d.description == id);
+    let right = |task: &Task| {
+        let at =
+            |t: &EpollTarget| task.descriptors.iter().any(|d| (d.fd, d.description) == (t.fd, t.description));
+        epoll.targets.iter().filter(|t| at(t)).count()
+    };
+    let holders =
+        image.tasks.iter().enumerate().filter(|(_, t)| t.shares.descriptors.is_none() && has(t, set));
+    // The first of those with the most.
+    holders.max_by_key(|(i, t)| (right(t), std::cmp::Reverse(*i))).map(|(i, _)| i)
+}
+
 /// Fills the sets of a task whose descriptors have their numbers. An entry whose number means another
 /// description by now is added through that number all the same: epoll remembers the number.
-pub(crate) fn plan(script: &mut Script, image: &Image, task: &Task, numbers: &Numbers) {
+pub(crate) fn plan(script: &mut Script, image: &Image, index: usize, numbers: &Numbers) {
+    let task = &image.tasks[index];
     let mut sets: BTreeMap<DescriptionId, i32> = BTreeMap::new();
     for descriptor in &task.descriptors {
         sets.entry(descriptor.description).or_insert(descriptor.fd);
     }
     for (id, set) in &sets {
         let Kind::Epoll(epoll) = &image.objects.descriptions[id.0 as usize].kind else { continue };
+        // A set that several have is filled by the one that has what it watches under the right numbers.
+        if filler(image, *id, epoll) != Some(index) {
+            continue;
+        }
         for target in &epoll.targets {
             // struct epoll_event is packed on x86_64 and 16 bytes with padding elsewhere (linux/eventpoll.h).
             let mut event = target.events.to_ne_bytes().to_vec();

@@ -42,6 +42,8 @@ pub struct Host {
     pub program: (u64, u64),
     /// Highest capability the kernel knows.
     pub last_capability: u32,
+    /// Process group of the restoring process.
+    pub pgid: i32,
 }
 
 /// capabilities(7)
@@ -100,6 +102,7 @@ impl Host {
             timer_ids: probe::one("PR_TIMER_CREATE_RESTORE_IDS").is_none_or(|s| s.is_present()),
             program: nix::sys::stat::stat("/proc/self/exe").map_or((0, 0), |s| (s.st_dev, s.st_ino)),
             last_capability,
+            pgid: nix::unistd::getpgrp().as_raw(),
         })
     }
 }

@@ -4,6 +4,7 @@
 //! whole, one touch and `MADV_COLLAPSE` make it at once, without changing the area's flags; longer runs of
 //! small pages are populated in one call before they are read.
 
+use torpor_image::Image;
 use torpor_image::extent::{Record, Where};
 use torpor_image::task::Task;
 use torpor_image::vma::{Mapping, Vma};
@@ -11,6 +12,7 @@ use torpor_parasite::call;
 use torpor_parasite::script::Script;
 
 use crate::plan::{Open, Planner};
+use crate::vma::Begin;
 
 const HUGE: u64 = 2 << 20;
 /// Below this a population call costs more than the faults it saves.
@@ -21,10 +23,16 @@ const LONGEST: u64 = 1 << 30;
 const MADV_POPULATE_WRITE: i32 = 23;
 const MADV_COLLAPSE: i32 = 25;
 const MADV_GUARD_INSTALL: i32 = 102;
+const MADV_GUARD_REMOVE: i32 = 103;
 
-/// Plans the contents of a task's private areas.
-pub(crate) fn fill(script: &mut Script, planner: &mut Planner<'_>, task: &Task) {
+/// Plans the contents of a task's private areas, as far as it does not begin with them.
+pub(crate) fn fill(script: &mut Script, planner: &mut Planner<'_>, task: &Task, begin: Begin<'_>) {
     let image = planner.image;
+    if let Begin::With(parent) = begin {
+        for vma in task.memory.vmas.iter().filter(|v| v.private() && begin.kept(v).is_some()) {
+            change(script, planner, task, vma, &changes(image, task, parent, vma));
+        }
+    }
     for record in image.records(task.memory.pages) {
         let (mut at, end) = (record.address, record.address + record.length);
         let first = task.memory.vmas.partition_point(|v| v.end <= at);
@@ -33,6 +41,10 @@ pub(crate) fn fill(script: &mut Script, planner: &mut Planner<'_>, task: &Task) 
                 break;
             }
             let stop = end.min(vma.end);
+            if begin.kept(vma).is_some() {
+                at = stop;
+                continue;
+            }
             let offset = record.offset.wrapping_add(at - record.address);
             let part = Record { address: at, length: stop - at, offset, ..*record };
             let huge = task.memory.thp_disabled == 0 && takes_huge_pages(vma);
@@ -49,6 +61,129 @@ pub(crate) fn fill(script: &mut Script, planner: &mut Planner<'_>, task: &Task) 
             at = stop;
         }
     }
+}
+
+/// What must be done to a part of an area that a task keeps from its parent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// Read what the image has for it.
+    Fill(Record),
+    /// Forget what the parent has there.
+    Drop { start: u64, end: u64 },
+    /// Make guard pages of it.
+    Guard { start: u64, end: u64 },
+    /// Make ordinary pages of guard pages.
+    Unguard { start: u64, end: u64 },
+}
+
+impl Change {
+    pub(crate) fn writes(&self) -> bool {
+        matches!(self, Change::Fill(_))
+    }
+}
+
+/// How a private area of a task differs from the same area of its parent. Parts that both have from the same
+/// place of the image were shared copy-on-write, and stay so.
+pub(crate) fn changes(image: &Image, task: &Task, parent: &Task, vma: &Vma) -> Vec<Change> {
+    let (own, its) = (parts(image, task, vma), parts(image, parent, vma));
+    let mut edges: Vec<u64> =
+        own.iter().chain(&its).flat_map(|r| [r.address, r.address + r.length]).collect();
+    edges.sort_unstable();
+    edges.dedup();
+    let find = |records: &[Record], at: u64| {
+        let i = records.partition_point(|r| r.address + r.length <= at);
+        records.get(i).filter(|r| r.address <= at).map(|r| Record {
+            address: at,
+            length: r.length - (at - r.address),
+            offset: if r.place == Where::Data { r.offset + (at - r.address) } else { 0 },
+            ..*r
+        })
+    };
+    let mut all: Vec<Change> = Vec::new();
+    for edge in edges.windows(2) {
+        let (start, end) = (edge[0], edge[1]);
+        let cut = |r: Record| Record { length: end - start, ..r };
+        let (mine, theirs) = (find(&own, start).map(cut), find(&its, start).map(cut));
+        if mine == theirs {
+            continue;
+        }
+        let place = |r: Option<Record>| r.map(|r| r.place);
+        if place(theirs) == Some(Where::Guard) && place(mine) != Some(Where::Guard) {
+            all.push(Change::Unguard { start, end });
+        }
+        let file = matches!(vma.mapping, Mapping::Private { .. });
+        match mine {
+            Some(r) if r.place == Where::Guard => all.push(Change::Guard { start, end }),
+            // Anonymous memory is zero where nobody has touched it.
+            Some(r) if r.place == Where::Data || file => match all.last_mut() {
+                Some(Change::Fill(last))
+                    if r.place == Where::Data
+                        && last.place == Where::Data
+                        && last.address + last.length == r.address
+                        && (last.file, last.offset + last.length) == (r.file, r.offset) =>
+                {
+                    last.length += r.length;
+                }
+                _ => all.push(Change::Fill(r)),
+            },
+            _ if matches!(place(theirs), Some(Where::Data | Where::Zero)) => {
+                all.push(Change::Drop { start, end });
+            }
+            _ => {}
+        }
+    }
+    all
+}
+
+/// Records of a task within an area.
+fn parts(image: &Image, task: &Task, vma: &Vma) -> Vec<Record> {
+    let records = image.records(task.memory.pages);
+    let first = records.partition_point(|r| r.address + r.length <= vma.start);
+    let inside = records[first..].iter().take_while(|r| r.address < vma.end);
+    inside
+        .map(|r| {
+            let address = r.address.max(vma.start);
+            let length = (r.address + r.length).min(vma.end) - address;
+            let offset = if r.place == Where::Data { r.offset + (address - r.address) } else { 0 };
+            Record { address, length, offset, ..*r }
+        })
+        .collect()
+}
+
+fn change(script: &mut Script, planner: &mut Planner<'_>, task: &Task, vma: &Vma, changes: &[Change]) {
+    let huge = task.memory.thp_disabled == 0 && takes_huge_pages(vma);
+    let advise = |script: &mut Script, start: u64, end: u64, advice: i32| {
+        let purpose = format!("memory {start:x}-{end:x} that its parent has");
+        call!(script, purpose, libc::SYS_madvise, start, end - start, advice);
+    };
+    for change in changes {
+        match *change {
+            Change::Fill(record) if record.place == Where::Zero => zero(script, planner, record),
+            Change::Fill(record) => read(script, planner, &[record], 0, huge),
+            Change::Drop { start, end } => advise(script, start, end, libc::MADV_DONTNEED),
+            Change::Guard { start, end } => advise(script, start, end, MADV_GUARD_INSTALL),
+            Change::Unguard { start, end } => advise(script, start, end, MADV_GUARD_REMOVE),
+        }
+    }
+}
+
+/// Whether a task has pages in common with its parent: it begins with the parent's memory then.
+pub(crate) fn inherits(image: &Image, index: usize) -> bool {
+    let task = &image.tasks[index];
+    let Some(parent) = image.tasks[..index].iter().find(|t| t.pid == task.ppid) else { return false };
+    if task.shares.memory.is_some() || parent.shares.memory.is_some() {
+        return false;
+    }
+    let its = image.records(parent.memory.pages);
+    image.records(task.memory.pages).iter().filter(|r| r.place == Where::Data).any(|r| {
+        let i = its.partition_point(|p| p.address + p.length <= r.address);
+        its.get(i).is_some_and(|p| {
+            let at = r.address.max(p.address);
+            p.place == Where::Data
+                && at < r.address + r.length
+                && (p.file, p.offset + (at - p.address)) == (r.file, r.offset + (at - r.address))
+        })
+    })
 }
 
 fn takes_huge_pages(vma: &Vma) -> bool {

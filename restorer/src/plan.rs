@@ -4,27 +4,27 @@
 //! tested without privilege. What the plan says:
 //!
 //! 1. what is opened or made outside of the tasks, each with a slot number by which scripts refer to it;
-//! 2. for each task the phases its leader goes through, one script each, and a script for every other
-//!    thread, which exists after the phase `threads`.
+//! 2. how the root gets rid of the memory it begins with, and how everyone is born ([`crate::birth`]);
+//! 3. for each task the phases its leader goes through, one script each, and a script for every other
+//!    thread, which exists after the phase `threads`. All tasks are through with a phase before one begins the next.
 
-use std::fmt;
+use std::collections::BTreeMap;
 
-use serde::Serialize;
 use torpor_image::description::Kind;
-use torpor_image::inode::Source;
 use torpor_image::task::Task;
 use torpor_image::unix::State;
 use torpor_image::{Bytes, DescriptionId, Image, InodeId};
-use torpor_parasite::script::{Script, Value};
-use torpor_parasite::wire::{STACK, TRAPS};
+use torpor_parasite::call;
+use torpor_parasite::script::{Placed, Script, Value};
+use torpor_parasite::wire::{Context, STACK, TRAPS};
 
+use crate::birth::{self, word};
 use crate::error::{Error, Result};
 use crate::host::Host;
-use crate::{description, epoll, lock, memory, signal, task, thread, timer, vma};
+use crate::lineage::{Lineage, Origin, Role, Stage, Way};
+use crate::vma::Begin;
+use crate::{description, epoll, lock, memory, print, signal, task, thread, timer, vma};
 
-/// Shared words: a new task and its new threads wait for theirs before they do anything.
-pub(crate) const GO_TASK: u32 = 0;
-pub(crate) const GO_THREADS: u32 = 1;
 /// Bytes before the contexts, for the shared words.
 pub(crate) const SHARED: u64 = 64;
 const PAGE: u64 = 4096;
@@ -98,23 +98,33 @@ pub(crate) struct Phase {
     pub(crate) script: Script,
 }
 
-/// How one process is restored.
-#[derive(Clone, Debug)]
-pub(crate) struct TaskPlan {
-    /// Index in the image.
-    pub(crate) index: usize,
-    /// Where the executor and its arena lie, from the parking place of the kernel's areas on.
+/// Where the executor and its arena lie, in this process and in every new one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// From here on: the parking place of the kernel's areas comes first.
     pub(crate) park: u64,
     pub(crate) blob: u64,
     pub(crate) arena: u64,
     pub(crate) arena_length: u64,
-    pub(crate) trap: i32,
-    /// Scripts of the leader, one after the other.
+}
+
+/// How one process is restored once it is born. Its leader has the context of its index.
+#[derive(Clone, Debug)]
+pub(crate) struct TaskPlan {
+    /// Index in the image.
+    pub(crate) index: usize,
+    /// Context of the first of its other threads.
+    pub(crate) first_thread: u32,
+    /// Scripts of the leader, one after the other; the same phases for all tasks.
     pub(crate) phases: Vec<Phase>,
     /// After which phase the other threads exist.
     pub(crate) threads_after: usize,
     /// Scripts of the other threads, in the image's order.
     pub(crate) threads: Vec<Script>,
+    /// What it does when those of its children stand that are to be stopped.
+    pub(crate) stops: Script,
+    /// Whether its memory is its own, from which the executor must be unmapped.
+    pub(crate) owns_memory: bool,
     /// /proc/PID/oom_score_adj, where it must change.
     pub(crate) oom_score_adj: Option<i32>,
     /// /proc/PID/coredump_filter, where it must change.
@@ -130,153 +140,323 @@ pub struct Plan {
     pub notes: Vec<String>,
     pub(crate) opens: Vec<Open>,
     /// What each slot is, in words.
-    names: Vec<String>,
+    pub(crate) names: Vec<String>,
+    pub(crate) place: Place,
+    /// The signal that makes the trap, in all tasks.
+    pub(crate) trap: i32,
+    pub(crate) lineage: Lineage,
+    /// What the root does before it is born like the others.
+    pub(crate) begin: Vec<Phase>,
+    /// From the first instruction on until all are there: of every node.
+    pub(crate) births: Vec<Script>,
+    /// Of those that make an orphan and end.
+    pub(crate) makers: Vec<Script>,
     pub(crate) tasks: Vec<TaskPlan>,
-    titles: Vec<String>,
+    /// What each node is, in words.
+    pub(crate) titles: Vec<String>,
     pub(crate) options: Options,
+}
+
+impl Plan {
+    /// Context of the first of those that make an orphan and end: they come after all threads.
+    pub(crate) fn first_maker(&self) -> usize {
+        self.births.len() + self.tasks.iter().map(|t| t.threads.len()).sum::<usize>()
+    }
 }
 
 /// Plans the restore of an image on a host.
 pub fn plan(image: &Image, host: &Host, options: &Options) -> Result<Plan> {
-    if image.tasks.len() != 1 {
-        return Err(Error::Unfit {
-            what: "the image".into(),
-            why: format!("it holds {} processes", image.tasks.len()),
-            remedy: "use a torpor that restores trees".into(),
-        });
-    }
     let mut planner = Planner { image, host, opens: Vec::new(), notes: Vec::new() };
-    for lost in &image.manifest.not_captured {
-        planner.note(format!("not in the image: {lost}"));
+    notes(&mut planner);
+    for task in &image.tasks {
+        fits(&mut planner, task)?;
     }
-    let tasks = image
-        .tasks
-        .iter()
-        .enumerate()
-        .map(|(index, task)| plan_task(&mut planner, index, task, options))
-        .collect::<Result<Vec<_>>>()?;
-    let names = planner.opens.iter().map(|o| name(image, o)).collect();
+    let trap = trap(image)?;
+    let lineage = Lineage::of(image, |index| memory::inherits(image, index))?;
+    let no_room = || Error::Unfit {
+        what: image.tasks[0].title(),
+        why: "the address spaces of the tree have no room for a few pages in common".into(),
+        remedy: "this image cannot be restored here".into(),
+    };
+
+    // Scripts are made twice: their length does not depend on the addresses in them.
+    let shared: Vec<_> = image.objects.inodes.iter().filter(|i| i.is_shared_memory()).collect();
+    let mut lengths: Vec<u64> = shared.iter().map(|i| i.size.next_multiple_of(PAGE)).collect();
+    let nowhere = Place { park: 0, blob: 0, arena: 0, arena_length: 0 };
+    let anywhere = shared.iter().map(|i| (i.id, 0)).collect();
+    let scripts = scripts(&mut planner, &lineage, nowhere, &anywhere, options)?;
+    let blob_length = (torpor_blob::BLOB.len() as u64).next_multiple_of(PAGE);
+    let parking = vma::parking(host).next_multiple_of(PAGE);
+    let arena_length = scripts.layout().end.next_multiple_of(PAGE);
+    let length = parking + blob_length + arena_length;
+    lengths.push(length);
+    let mut places = vma::free_ranges(host, image, &lengths).ok_or_else(no_room)?;
+    let park = places.pop().ok_or_else(no_room)?;
+    let (blob, arena) = (park + parking, park + parking + blob_length);
+    let place = Place { park, blob, arena, arena_length };
+    let scratch = shared.iter().map(|i| i.id).zip(places).collect();
+    planner.opens.clear();
+    let scripts = self::scripts(&mut planner, &lineage, place, &scratch, options)?;
+
+    let names = planner.opens.iter().map(|o| print::name(image, o)).collect();
+    let titles = lineage.nodes.iter().map(|node| match node.role {
+        Role::Task(task) => image.tasks[task].title(),
+        Role::Zombie(_) => format!("pid {} (a zombie)", node.pid),
+        Role::Session | Role::Group => format!("pid {} (stands in for a leader)", node.pid),
+    });
+    let titles = titles.collect();
     Ok(Plan {
         notes: planner.notes,
         opens: planner.opens,
         names,
-        tasks,
-        titles: image.tasks.iter().map(Task::title).collect(),
+        place,
+        trap,
+        begin: scripts.begin,
+        births: scripts.births,
+        makers: scripts.makers,
+        tasks: scripts.tasks,
+        lineage,
+        titles,
         options: options.clone(),
     })
 }
 
-fn plan_task(planner: &mut Planner<'_>, index: usize, task: &Task, options: &Options) -> Result<TaskPlan> {
-    let host = planner.host;
-    fits(planner, task)?;
-    let shared_size = planner.image.objects.inodes.iter().filter(|i| i.is_shared_memory());
-    let scratch_length = shared_size.map(|i| i.size.next_multiple_of(PAGE)).max().unwrap_or(0);
-    let no_room = || Error::Unfit {
-        what: task.title(),
-        why: "its address space has no room for a few pages".into(),
-        remedy: "this image cannot be restored here".into(),
-    };
+/// Every script of a restore.
+struct Scripts {
+    begin: Vec<Phase>,
+    births: Vec<Script>,
+    makers: Vec<Script>,
+    tasks: Vec<TaskPlan>,
+}
 
+impl Scripts {
+    fn layout(&self) -> Layout {
+        layout(&self.begin, &self.births, &self.makers, &self.tasks)
+    }
+}
+
+fn scripts(
+    planner: &mut Planner<'_>,
+    lineage: &Lineage,
+    place: Place,
+    scratch: &BTreeMap<InodeId, u64>,
+    options: &Options,
+) -> Result<Scripts> {
+    let (image, host) = (planner.image, planner.host);
+    let mut next = lineage.nodes.len() as u32;
+    let mut take = |count: u32| {
+        next += count;
+        next - count
+    };
+    let first_threads: Vec<u32> = image
+        .tasks
+        .iter()
+        .map(|t| take(t.threads.len() as u32 - u32::from(t.leader_ended.is_none())))
+        .collect();
+    let orphans = (0..lineage.nodes.len())
+        .filter(|i| lineage.nodes[*i].origin.is_some_and(|o: Origin| o.way == Way::Orphan));
+    let makers: Vec<(usize, u32)> = orphans.map(|i| (i, take(1))).collect();
+    let contexts = birth::Contexts { makers };
+
+    let begin = begin(planner, place, scratch);
+    let mut births = Vec::with_capacity(lineage.nodes.len());
+    for (i, node) in lineage.nodes.iter().enumerate() {
+        let session = |_: &mut Script| {};
+        let Role::Task(index) = node.role else {
+            births.push(birth::plan(image, host, lineage, i, &contexts, session, |_| {}));
+            continue;
+        };
+        let task = &image.tasks[index];
+        let begins = begins(image, lineage, i);
+        let fill = |script: &mut Script| fill(script, planner, task, begins, place, scratch);
+        births.push(birth::plan(image, host, lineage, i, &contexts, session, fill));
+    }
+    let mut tasks = Vec::with_capacity(image.tasks.len());
+    for (i, task) in image.tasks.iter().enumerate() {
+        tasks.push(plan_task(planner, lineage, i, task, first_threads[i], place, scratch, options)?);
+    }
+    let makers = contexts.makers.iter().map(|(orphan, _)| birth::maker(lineage, *orphan)).collect();
+    Ok(Scripts { begin, births, makers, tasks })
+}
+
+/// What the root does before it is born like the others: it waits until it is traced, and gets rid of the memory
+/// of the restoring process.
+fn begin(planner: &mut Planner<'_>, place: Place, scratch: &BTreeMap<InodeId, u64>) -> Vec<Phase> {
+    let mut wait = Script::new();
+    birth::die_with_parent(&mut wait);
+    // Who started us may ignore it, and children would be gone before they are collected.
+    let default = wait.words(&[0, 0, 0, 0]);
+    call!(wait, "the action of SIGCHLD", libc::SYS_rt_sigaction, libc::SIGCHLD, default, 0, 8);
+    wait.wait("the signal to begin", word::ROOT, 1);
+    let mut clear = Script::new();
+    let end = place.arena + place.arena_length;
+    vma::clear(&mut clear, planner.host, place.park, end, place.park);
+    for (id, at) in scratch {
+        vma::shared_memory(&mut clear, planner, *id, *at);
+    }
+    vec![Phase { name: "wait", script: wait }, Phase { name: "clear", script: clear }]
+}
+
+/// What the address space of a node begins as: what its creator's is at that time.
+fn begins<'a>(image: &'a Image, lineage: &Lineage, i: usize) -> Begin<'a> {
+    match lineage.nodes[i].origin {
+        Some(Origin { creator, stage: Stage::Filled, .. }) => Begin::With(&image.tasks[creator]),
+        Some(Origin { creator, .. }) => begins(image, lineage, creator),
+        None => Begin::Bare,
+    }
+}
+
+/// Makes the memory of a task complete.
+fn fill(
+    script: &mut Script,
+    planner: &mut Planner<'_>,
+    task: &Task,
+    begins: Begin<'_>,
+    place: Place,
+    scratch: &BTreeMap<InodeId, u64>,
+) {
+    vma::begin(script, planner.host, task, begins, place.park);
+    vma::map(script, planner, task, begins, scratch);
+    memory::fill(script, planner, task, begins);
+    vma::finish(script, planner, task, begins);
+}
+
+#[expect(clippy::too_many_arguments, reason = "what one task is, and where everything lies")]
+fn plan_task(
+    planner: &mut Planner<'_>,
+    lineage: &Lineage,
+    index: usize,
+    task: &Task,
+    first_thread: u32,
+    place: Place,
+    scratch: &BTreeMap<InodeId, u64>,
+    options: &Options,
+) -> Result<TaskPlan> {
+    let (image, host) = (planner.image, planner.host);
+    let shares = task.shares;
     let mut phases = Vec::new();
     let mut phase = |name, script| phases.push(Phase { name, script });
-    // The first two phases need addresses that depend on the size of all others.
-    phase("wait", Script::new());
-    phase("clear", Script::new());
 
-    // Where shared memory is put together must not be where the executor will be: the higher of the two
-    // places is taken for it, below the one that is found for the executor.
-    let scratch = vma::free_range(host, task, scratch_length).ok_or_else(no_room)?;
     let mut script = Script::new();
-    vma::map(&mut script, planner, task, scratch);
-    memory::fill(&mut script, planner, task);
-    vma::finish(&mut script, planner, task);
+    if shares.memory.is_none() {
+        if lineage.made_by(index, Stage::Filled).next().is_none() {
+            fill(&mut script, planner, task, begins(image, lineage, index), place, scratch);
+        }
+        for (id, at) in scratch {
+            let size = image.objects.inodes[id.0 as usize].size.next_multiple_of(PAGE);
+            call!(script, format!("shared memory {id}"), libc::SYS_munmap, *at, size);
+        }
+    }
     phase("memory", script);
 
     let mut script = Script::new();
     task::raise_descriptor_limit(&mut script, host);
-    task::mm_fields(&mut script, planner, task);
-    task::session(&mut script, task);
-    task::directories(&mut script, planner, task);
-    let numbers = description::plan(&mut script, planner, task);
-    epoll::plan(&mut script, planner.image, task, &numbers);
-    description::close_others(&mut script, task);
-    description::owners(&mut script, planner, task);
-    lock::plan(&mut script, task);
+    if shares.memory.is_none() {
+        task::mm_fields(&mut script, planner, task);
+    }
+    if shares.directories.is_none() {
+        task::directories(&mut script, planner, task);
+    }
+    if shares.descriptors.is_none() {
+        let numbers = description::plan(&mut script, planner, task);
+        epoll::plan(&mut script, image, index, &numbers);
+        description::close_others(&mut script, task);
+        description::owners(&mut script, planner, task);
+        lock::plan(&mut script, task);
+    }
     phase("descriptors", script);
 
     // Actions before threads: setting one discards what is pending of a signal that is ignored by default
-    // (sigaction(2)), the traps of other threads among it.
+    // (sigaction(2)), the traps of other threads among it. Children that are to be zombies must have ended before.
     let mut script = Script::new();
-    signal::actions(&mut script, &task.signals);
-    thread::spawn(&mut script, task, STACK);
+    birth::collect_children(&mut script, lineage, index);
+    if shares.signal_actions.is_none() {
+        signal::actions(&mut script, &task.signals);
+    }
+    thread::spawn(&mut script, task, first_thread, STACK);
     phase("threads", script);
 
     let mut script = Script::new();
     task::attributes(&mut script, planner, task);
     signal::pending(&mut script, task.pid.0, &task.signals);
     timer::plan(&mut script, &task.timers, host);
-    thread::plan(&mut script, task, task.leader(), host);
-    description::listen_again(&mut script, planner.image, task);
+    if task.leader_ended.is_none() {
+        thread::plan(&mut script, task, task.leader(), host);
+    }
+    description::listen_again(&mut script, image, task);
     phase("state", script);
 
     let mut script = Script::new();
-    task::last(&mut script, planner, task, options.detach);
+    task::last(&mut script, planner, task, options.detach && index == 0);
     phase("last", script);
 
-    let threads: Vec<Script> = task.threads[1..]
+    let threads: Vec<Script> = task
+        .other_threads()
         .iter()
         .map(|t| {
             let mut script = Script::new();
-            script.wait("the signal to begin", GO_THREADS, 1);
+            script.wait("the signal to begin", word::THREADS, 1);
             thread::plan(&mut script, task, t, host);
             script
         })
         .collect();
-
-    // Should the restorer die before it traces the new task, the task must not wait for ever.
-    let die = [Value::from(libc::PR_SET_PDEATHSIG), libc::SIGKILL.into()];
-    phases[0].script.call("dying with the restorer", libc::SYS_prctl, &die);
-    phases[0].script.wait("the signal to begin", GO_TASK, 1);
-    // Their size does not depend on the addresses in them.
-    phases[1].script = first_phase(host, task, 0, 0, 0);
-    let arena_length = arena_length(&phases, &threads, task.threads.len());
-    let blob_length = (torpor_blob::BLOB.len() as u64).next_multiple_of(PAGE);
-    let parking = vma::parking(host).next_multiple_of(PAGE);
-    let length = parking + blob_length + arena_length;
-    let with_scratch = Host {
-        occupied: [host.occupied.clone(), vec![(scratch, scratch + scratch_length)]].concat(),
-        ..host.clone()
-    };
-    let park = vma::free_range(&with_scratch, task, length).ok_or_else(no_room)?;
-    phases[1].script = first_phase(host, task, park, park, park + length);
-
-    let pending = signal::all_pending(task);
-    let trap = TRAPS.into_iter().find(|s| pending & (1 << (s - 1)) == 0).ok_or_else(|| Error::Unfit {
-        what: task.title(),
-        why: "every signal that could serve as a trap is pending in it".into(),
-        remedy: "this image cannot be restored".into(),
-    })?;
     Ok(TaskPlan {
         index,
-        park,
-        blob: park + parking,
-        arena: park + parking + blob_length,
-        arena_length,
-        trap,
+        first_thread,
         phases,
-        threads_after: 4,
+        threads_after: 2,
         threads,
+        stops: task::collect_stops(image, task),
+        owns_memory: shares.memory.is_none(),
         oom_score_adj: (task.oom_score_adj != host.oom_score_adj).then_some(task.oom_score_adj),
         coredump_filter: task.memory.coredump_filter.filter(|f| Some(*f) != host.coredump_filter),
         last_call: last_call(planner.image, task)?,
     })
 }
 
-fn first_phase(host: &Host, task: &Task, park: u64, base: u64, end: u64) -> Script {
-    let mut script = Script::new();
-    vma::clear(&mut script, host, base, end, park);
-    vma::unpark(&mut script, host, task, park);
-    script
+/// The signal that makes the trap: one that is not pending anywhere.
+fn trap(image: &Image) -> Result<i32> {
+    let pending = image.tasks.iter().fold(0, |all, task| all | signal::all_pending(task));
+    let several = image.tasks.len() + image.manifest.zombies.len() > 1;
+    let fits = |s: &i32| pending & (1 << (s - 1)) == 0 && !(several && *s == libc::SIGCHLD);
+    TRAPS.into_iter().find(fits).ok_or_else(|| Error::Unfit {
+        what: image.tasks[0].title(),
+        why: "every signal that could serve as a trap is pending in it or below".into(),
+        remedy: "this image cannot be restored".into(),
+    })
+}
+
+/// What will differ from the dump, of the tree as a whole.
+fn notes(planner: &mut Planner<'_>) {
+    let image = planner.image;
+    for lost in &image.manifest.not_captured {
+        planner.note(format!("not in the image: {lost}"));
+    }
+    let Some(root) = image.tasks.first() else { return };
+    let title = root.title();
+    if image.manifest.host.boot != planner.host.boot {
+        planner.note(format!(
+            "{title}: the machine is another one or was started anew: CLOCK_MONOTONIC has jumped"
+        ));
+    }
+    if root.sid != root.pid {
+        planner.note(format!("{title}: its session {} is not in the image; it joins torpor's", root.sid));
+        if root.pgid != root.pid {
+            planner.note(format!(
+                "{title}: its process group {} is not in the image; it joins torpor's",
+                root.pgid
+            ));
+        }
+    }
+    let connected = |d: &torpor_image::description::Description| matches!(&d.kind, Kind::Unix(u) if !matches!(u.state, State::Idle | State::Listening { .. }));
+    if image.objects.descriptions.iter().any(connected) {
+        let what = "its connected unix sockets tell torpor's credentials as their peers' (SO_PEERCRED)";
+        planner.note(format!("{title}: {what}"));
+    }
+    if image.manifest.ran_on {
+        planner
+            .note(format!("{title}: it ran on after this image was taken; what it did since is not undone"));
+    }
 }
 
 /// Whether machine and privilege can take the task at all.
@@ -303,42 +483,11 @@ fn fits(planner: &mut Planner<'_>, task: &Task) -> Result<()> {
             "restore it on a machine of the same kind",
         );
     }
-    if image.manifest.host.boot != host.boot {
-        planner.note(format!(
-            "{}: the machine is another one or was started anew: CLOCK_MONOTONIC has jumped",
-            task.title()
-        ));
-    }
     if let Some(why) = vma::kernel_mismatch(image, host, task) {
         return unfit(
             format!("{why}; the image was taken under Linux {}", image.manifest.host.kernel),
             "restore it under that kernel",
         );
-    }
-    if task.sid != task.pid {
-        planner.note(format!(
-            "{}: its session {} is not in the image; it joins torpor's",
-            task.title(),
-            task.sid
-        ));
-        if task.pgid != task.pid {
-            planner.note(format!(
-                "{}: its process group {} is not in the image; it joins torpor's",
-                task.title(),
-                task.pgid
-            ));
-        }
-    }
-    let connected = |d: &torpor_image::description::Description| matches!(&d.kind, Kind::Unix(u) if !matches!(u.state, State::Idle | State::Listening { .. }));
-    if image.objects.descriptions.iter().any(connected) {
-        let what = "its connected unix sockets tell torpor's credentials as their peers' (SO_PEERCRED)";
-        planner.note(format!("{}: {what}", task.title()));
-    }
-    if image.manifest.ran_on {
-        planner.note(format!(
-            "{}: it ran on after this image was taken; what it did since is not undone",
-            task.title()
-        ));
     }
     let overruns = task.timers.posix.iter().filter(|t| t.overrun > 0).count();
     if overruns > 0 {
@@ -347,23 +496,22 @@ fn fits(planner: &mut Planner<'_>, task: &Task) -> Result<()> {
     Ok(())
 }
 
-/// Contexts, stacks and scripts, one behind the other; see `run`.
-fn arena_length(phases: &[Phase], threads: &[Script], contexts: usize) -> u64 {
-    let layout = layout(phases, threads, contexts);
-    layout.end.next_multiple_of(PAGE)
-}
-
-/// Where everything lies in the arena of a task: contexts, stacks, scripts.
+/// Where everything lies in the arena: contexts, stacks, scripts.
 pub(crate) struct Layout {
     pub(crate) stacks: u64,
-    pub(crate) phases: Vec<torpor_parasite::script::Placed>,
-    pub(crate) threads: Vec<torpor_parasite::script::Placed>,
+    pub(crate) begin: Vec<Placed>,
+    pub(crate) births: Vec<Placed>,
+    pub(crate) makers: Vec<Placed>,
+    /// By task: of the phases, of the other threads, of what is done about stopped children.
+    pub(crate) tasks: Vec<(Vec<Placed>, Vec<Placed>, Placed)>,
     end: u64,
 }
 
-/// Lays out the arena of a task.
-pub(crate) fn layout(phases: &[Phase], threads: &[Script], contexts: usize) -> Layout {
-    let stacks = SHARED + (contexts * size_of::<torpor_parasite::wire::Context>()) as u64;
+/// Lays out the arena.
+pub(crate) fn layout(begin: &[Phase], births: &[Script], makers: &[Script], tasks: &[TaskPlan]) -> Layout {
+    let threads: usize = tasks.iter().map(|t| t.threads.len()).sum();
+    let contexts = births.len() + makers.len() + threads;
+    let stacks = SHARED + (contexts * size_of::<Context>()) as u64;
     let stacks = stacks.next_multiple_of(64);
     let mut end = stacks + contexts as u64 * STACK;
     let mut place = |script: &Script| {
@@ -371,9 +519,18 @@ pub(crate) fn layout(phases: &[Phase], threads: &[Script], contexts: usize) -> L
         end = placed.end;
         placed
     };
-    let phases = phases.iter().map(|p| place(&p.script)).collect();
-    let threads = threads.iter().map(&mut place).collect();
-    Layout { stacks, phases, threads, end }
+    let begin = begin.iter().map(|p| place(&p.script)).collect();
+    let births = births.iter().map(&mut place).collect();
+    let makers = makers.iter().map(&mut place).collect();
+    let tasks = tasks
+        .iter()
+        .map(|task| {
+            let phases = task.phases.iter().map(|p| place(&p.script)).collect();
+            let threads = task.threads.iter().map(&mut place).collect();
+            (phases, threads, place(&task.stops))
+        })
+        .collect();
+    Layout { stacks, begin, births, makers, tasks, end }
 }
 
 /// A system call instruction in the vdso the task will have, else in a file it maps with code: its address
@@ -401,109 +558,4 @@ fn last_call(image: &Image, task: &Task) -> Result<u64> {
         why: "it has no vdso, through which its memory is put in order last".into(),
         remedy: "boot without vdso=0".into(),
     })
-}
-
-fn name(image: &Image, open: &Open) -> String {
-    match open {
-        Open::Description(id) => {
-            let description = &image.objects.descriptions[id.0 as usize];
-            let detail = match &description.kind {
-                Kind::File(inode) => image.objects.inodes[inode.0 as usize].name(),
-                Kind::Pipe(end) => {
-                    let pipe = &image.objects.pipes[end.pipe.0 as usize];
-                    format!("of {} bytes, {} in it", pipe.capacity, pipe.data.len())
-                }
-                Kind::Unix(unix) => match &unix.name {
-                    Some(name) => name.text().replace('\0', "@"),
-                    None => format!("{} messages in it", unix.queue.len()),
-                },
-                Kind::Inet(inet) => inet.local.map_or_else(String::new, |l| l.to_string()),
-                Kind::EventFd(e) => format!("{}{}", e.count, if e.semaphore { " (semaphore)" } else { "" }),
-                Kind::Epoll(e) => format!("watching {}", e.targets.len()),
-                Kind::Inotify(i) => format!("{} watches", i.watches.len()),
-                _ => String::new(),
-            };
-            format!("{} {detail}", description.kind.noun()).trim_end().to_owned()
-        }
-        Open::Mapped { inode, write } => {
-            let inode = &image.objects.inodes[inode.0 as usize];
-            let made = if matches!(inode.source, Source::Path { .. }) { "" } else { ", from the image" };
-            format!("{} to be mapped{}{made}", inode.name(), if *write { " for writing" } else { "" })
-        }
-        Open::Program { inode } => format!("program {}", image.objects.inodes[inode.0 as usize].name()),
-        Open::Data { file } => format!("data file {file} of the image"),
-        Open::Zero => "/dev/zero".to_owned(),
-        Open::Directory { path } => format!("directory {path}"),
-    }
-}
-
-impl fmt::Display for Plan {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for note in &self.notes {
-            writeln!(f, "note: {note}")?;
-        }
-        writeln!(f, "outside of the process:")?;
-        for (slot, name) in self.names.iter().enumerate() {
-            writeln!(f, "  open {slot}: {name}")?;
-        }
-        for (task, title) in self.tasks.iter().zip(&self.titles) {
-            writeln!(f, "{title}:")?;
-            for (i, phase) in task.phases.iter().enumerate() {
-                writeln!(f, "  phase {}: {} operations", phase.name, phase.script.steps().len())?;
-                steps(f, &phase.script)?;
-                if i == task.threads_after {
-                    for (n, script) in task.threads.iter().enumerate() {
-                        writeln!(f, "  thread {}: {} operations", n + 1, script.steps().len())?;
-                        steps(f, script)?;
-                    }
-                }
-            }
-            writeln!(f, "  outside: unmapping the executor, registers and signal masks")?;
-        }
-        Ok(())
-    }
-}
-
-/// Purposes, each once for a run of operations that serve it.
-fn steps(f: &mut fmt::Formatter<'_>, script: &Script) -> fmt::Result {
-    let mut last = "";
-    for step in script.steps() {
-        if step.purpose != last {
-            writeln!(f, "    {}", step.purpose)?;
-            last = &step.purpose;
-        }
-    }
-    Ok(())
-}
-
-/// A plan as JSON: the same as its text, in parts.
-impl Serialize for Plan {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        #[derive(Serialize)]
-        struct Part<'a> {
-            name: String,
-            operations: Vec<&'a str>,
-        }
-        #[derive(Serialize)]
-        struct Whole<'a> {
-            notes: &'a [String],
-            opens: &'a [String],
-            parts: Vec<Part<'a>>,
-        }
-        let purposes = |s: &'_ Script| s.steps().iter().map(|s| s.purpose.to_string()).collect::<Vec<_>>();
-        let mut owned = Vec::new();
-        for task in &self.tasks {
-            owned.extend(task.phases.iter().map(|p| (p.name.to_owned(), purposes(&p.script))));
-            let threads = task.threads.iter().enumerate();
-            owned.extend(threads.map(|(i, s)| (format!("thread {}", i + 1), purposes(s))));
-        }
-        let parts = owned
-            .iter()
-            .map(|(name, operations)| Part {
-                name: name.clone(),
-                operations: operations.iter().map(String::as_str).collect(),
-            })
-            .collect();
-        Whole { notes: &self.notes, opens: &self.names, parts }.serialize(serializer)
-    }
 }

@@ -2,10 +2,10 @@
 
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use torpor_image::Image;
-use torpor_image::task::Task;
 use torpor_image::thread::Thread;
 use torpor_kernel::ids::{Pid, Tid};
 use torpor_kernel::ptrace::{self, Stop};
@@ -13,14 +13,17 @@ use torpor_parasite::script::{OpId, Placed, Script, Surroundings};
 use torpor_parasite::wire::{Context, Heal, STACK, command, heal, kind, state};
 
 use crate::arena::Arena;
+use crate::birth::{self, word};
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::open::Opener;
-use crate::plan::{GO_TASK, GO_THREADS, Layout, Plan, SHARED, TaskPlan, layout, plan};
-use crate::{birth, inode, terminal};
+use crate::plan::{Layout, Plan, SHARED, TaskPlan, layout, plan};
+use crate::{inode, terminal};
 
 /// How often a plan is made anew when its place in our memory was taken meanwhile.
 const ATTEMPTS: u32 = 8;
+/// How long all processes may take to be born.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A tree that stands complete but for its first instruction. Dropped, it is gone again.
 pub struct Prepared<'i> {
@@ -40,14 +43,14 @@ impl Running {
     }
 }
 
-/// A task being built; killed on drop. Bound to the thread that traces it.
+/// A tree being built; killed on drop. Bound to the thread that traces it.
 struct Building<'i> {
     image: &'i Image,
     opener: Opener<'i>,
-    task: &'i Task,
-    /// Threads that are traced, the leader first.
-    traced: Vec<Tid>,
-    born: bool,
+    /// Of each task the threads that are traced, the leader first.
+    traced: Vec<Vec<Tid>>,
+    /// Every process that was made.
+    born: Vec<i32>,
     done: bool,
     _bound_to_thread: PhantomData<*const ()>,
 }
@@ -58,29 +61,26 @@ pub fn prepare<'i>(
     plan_: &Plan,
     progress: Option<&'i (dyn Fn(u64) + Sync)>,
 ) -> Result<Prepared<'i>> {
-    let task_plan = &plan_.tasks[0];
-    let task = &image.tasks[task_plan.index];
-    let title = task.title();
+    let title = image.tasks[0].title();
     let mut building = Building {
         image,
         opener: Opener::new(image, plan_.options.accept_changed, progress),
-        task,
-        traced: Vec::new(),
-        born: false,
+        traced: vec![Vec::new(); image.tasks.len()],
+        born: Vec::new(),
         done: false,
         _bound_to_thread: PhantomData,
     };
     let fds = plan_.opens.iter().map(|open| building.opener.open(open)).collect::<Result<Vec<_>>>()?;
-    match Arena::map(task_plan, &title)? {
-        Some(arena) => building.build(task_plan, arena, &fds)?,
+    match Arena::map(plan_.place, &title)? {
+        Some(arena) => building.build(plan_, arena, &fds)?,
         None => {
             // Another restore of this process, or its own memory, has the place by now.
             let mut attempts = ATTEMPTS;
             loop {
                 let host = Host::probe()?;
                 let again = plan(image, &host, &plan_.options)?;
-                if let Some(arena) = Arena::map(&again.tasks[0], &title)? {
-                    building.build(&again.tasks[0], arena, &fds)?;
+                if let Some(arena) = Arena::map(again.place, &title)? {
+                    building.build(&again, arena, &fds)?;
                     break;
                 }
                 attempts -= 1;
@@ -96,7 +96,7 @@ pub fn prepare<'i>(
 impl Prepared<'_> {
     /// The root's pid.
     pub fn pid(&self) -> i32 {
-        self.building.task.pid.0
+        self.building.image.tasks[0].pid.0
     }
 
     /// Lets the tree run, or leaves it stopped as by SIGSTOP.
@@ -112,151 +112,340 @@ impl Prepared<'_> {
     }
 }
 
+/// A context of the arena that a traced thread runs in.
+#[derive(Clone, Copy)]
+struct Seat<'p> {
+    tid: Tid,
+    context: usize,
+    task: usize,
+    script: &'p Script,
+    placed: Placed,
+}
+
 impl Building<'_> {
-    fn build(&mut self, plan: &TaskPlan, mut arena: Arena, fds: &[OwnedFd]) -> Result<()> {
-        let layout = layout(&plan.phases, &plan.threads, self.task.threads.len());
+    fn build(&mut self, plan: &Plan, mut arena: Arena, fds: &[OwnedFd]) -> Result<()> {
+        let layout = layout(&plan.begin, &plan.births, &plan.makers, &plan.tasks);
         self.fill(plan, &layout, &mut arena, fds);
-        birth::spawn(plan, self.task, arena.context_address(0), plan.arena + layout.stacks)?;
-        self.born = true;
-        self.trace(self.task.pid.0)?;
-        arena.go(GO_TASK);
-        for (i, phase) in plan.phases.iter().enumerate() {
-            if i > 0 {
-                let context = Context {
-                    ops: layout.phases[i].ops,
-                    count: phase.script.steps().len() as u32,
-                    state: state::RUNNING,
-                    command: command::RUN,
-                    ..arena.context(0)
-                };
-                arena.set_context(0, &context);
-                self.cont(0)?;
+        let built = self.build_in(plan, &layout, &mut arena);
+        if built.is_err() {
+            self.born = made(plan, &layout, &mut arena);
+        }
+        built
+    }
+
+    fn build_in(&mut self, plan: &Plan, layout: &Layout, arena: &mut Arena) -> Result<()> {
+        self.give_birth(plan, layout, arena)?;
+        let count = plan.tasks.first().map_or(0, |t| t.phases.len());
+        for phase in 0..count {
+            for task in 0..plan.tasks.len() {
+                let seat = self.seat(plan, layout, task, phase);
+                self.start(seat, arena)?;
             }
-            self.finish_script(0, plan, &phase.script, layout.phases[i], &mut arena)?;
-            if i == plan.threads_after {
-                for thread in &self.task.threads[1..] {
-                    self.trace(thread.tid.0)?;
+            for task in 0..plan.tasks.len() {
+                let seat = self.seat(plan, layout, task, phase);
+                self.finish(seat, plan, arena)?;
+            }
+            let after = plan.tasks[0].threads_after;
+            if phase == after {
+                for task in &plan.tasks {
+                    for thread in self.image.tasks[task.index].other_threads() {
+                        self.trace(task.index, thread.tid.0)?;
+                    }
                 }
-                arena.go(GO_THREADS);
-            } else if i == plan.threads_after + 1 {
-                for n in 1..self.task.threads.len() {
-                    self.finish_script(n, plan, &plan.threads[n - 1], layout.threads[n - 1], &mut arena)?;
-                }
+                arena.go(word::THREADS);
+            } else if phase == after + 1 {
+                self.finish_threads(plan, layout, arena)?;
             }
         }
-        self.outside(plan)?;
+        for task in &plan.tasks {
+            self.outside(task)?;
+        }
         inode::seal(&self.opener)?;
-        self.unmap(plan, &arena)?;
-        for (i, thread) in self.task.threads.iter().enumerate() {
-            self.set_state(self.traced[i], thread)?;
+        // Children before their parents, who may have to be asked about children that stand.
+        for task in plan.tasks.iter().rev() {
+            self.complete(plan, layout, task, arena)?;
+        }
+        Ok(())
+    }
+
+    /// Makes the root and, through it, all others, and attaches to each.
+    fn give_birth(&mut self, plan: &Plan, layout: &Layout, arena: &mut Arena) -> Result<()> {
+        let root = &self.image.tasks[0];
+        birth::spawn_root(
+            &plan.place,
+            root,
+            plan.trap,
+            arena.context_address(0),
+            plan.place.arena + layout.stacks,
+        )?;
+        self.born.push(root.pid.0);
+        self.trace(0, root.pid.0)?;
+        arena.go(word::ROOT);
+        let tid = Tid(root.pid.0);
+        let mut seats: Vec<Seat<'_>> = Vec::new();
+        for (phase, placed) in plan.begin.iter().zip(&layout.begin) {
+            seats.push(Seat { tid, context: 0, task: 0, script: &phase.script, placed: *placed });
+        }
+        let born = Seat { tid, context: 0, task: 0, script: &plan.births[0], placed: layout.births[0] };
+        seats.push(born);
+        for (i, seat) in seats.iter().enumerate() {
+            if i > 0 {
+                self.start(*seat, arena)?;
+            }
+            if i + 1 < seats.len() {
+                self.finish(*seat, plan, arena)?;
+            }
+        }
+        self.await_birth(plan, layout, arena)?;
+        for task in 1..plan.tasks.len() {
+            self.trace(task, self.image.tasks[task].pid.0)?;
+        }
+        arena.go(word::TRACED);
+        for task in 0..plan.tasks.len() {
+            let (script, placed) = (&plan.births[task], layout.births[task]);
+            let seat = Seat { tid: self.traced[task][0], context: task, task, script, placed };
+            self.finish(seat, plan, arena)?;
+        }
+        self.born = made(plan, layout, arena);
+        self.check_relations(plan)
+    }
+
+    /// Waits until all are born and in their groups; an error when one of them has failed.
+    fn await_birth(&mut self, plan: &Plan, layout: &Layout, arena: &mut Arena) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while !arena.wait(word::JOINED, plan.lineage.staying()) {
+            for (i, (script, placed)) in plan.births.iter().zip(&layout.births).enumerate() {
+                if arena.context(i).state == state::FAILED {
+                    return Err(self.failure(&plan.titles[i], script, *placed, arena, i));
+                }
+            }
+            for (i, (script, placed)) in plan.makers.iter().zip(&layout.makers).enumerate() {
+                let context = plan.first_maker() + i;
+                if arena.context(context).state == state::FAILED {
+                    return Err(self.failure(
+                        "a process that makes another",
+                        script,
+                        *placed,
+                        arena,
+                        context,
+                    ));
+                }
+            }
+            let root = self.traced[0][0];
+            match ptrace::try_wait(root).map_err(Error::kernel(self.image.tasks[0].title()))? {
+                Some(Stop::Exited(code)) => return Err(self.died(0, &format!("exit code {code}"))),
+                Some(Stop::Killed(signal)) => return Err(self.died(0, &format!("signal {signal}"))),
+                // Its script has failed, which is found above.
+                Some(Stop::Signal(signal)) if signal == plan.trap => {}
+                Some(Stop::Signal(signal)) if ptrace::is_fault(signal) => {
+                    return Err(self.died(0, &format!("signal {signal} in the executor")));
+                }
+                Some(_) => self.cont(root, 0)?,
+                None => {}
+            }
+            if Instant::now() > deadline {
+                return Err(self.died(0, "its children are not born in time"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether every process has the parent, session and group it is to have.
+    fn check_relations(&self, plan: &Plan) -> Result<()> {
+        for (node, title) in plan.lineage.nodes.iter().zip(&plan.titles).skip(1) {
+            let Some(parent) = node.parent.filter(|_| !node.stand_in()) else { continue };
+            let stat =
+                torpor_kernel::stat::of_process(Pid(node.pid)).map_err(Error::kernel(title.clone()))?;
+            let parent = plan.lineage.nodes[parent].pid;
+            let outside = plan.lineage.outside_session == Some(node.sid);
+            let right = stat.ppid == parent
+                && (stat.session == node.sid || outside)
+                && (stat.pgrp == node.pgid || plan.lineage.outside_group == Some(node.pgid));
+            if !right {
+                let (ppid, sid, pgid) = (stat.ppid, stat.session, stat.pgrp);
+                return Err(Error::Unfit {
+                    what: title.clone(),
+                    why: format!(
+                        "it came to have parent {ppid}, session {sid} and group {pgid} instead of {parent}, {} \
+                         and {}",
+                        node.sid, node.pgid
+                    ),
+                    remedy: "please report it".into(),
+                });
+            }
         }
         Ok(())
     }
 
     /// Writes contexts and scripts.
-    fn fill(&self, plan: &TaskPlan, layout: &Layout, arena: &mut Arena, fds: &[OwnedFd]) {
+    fn fill(&self, plan: &Plan, layout: &Layout, arena: &mut Arena, fds: &[OwnedFd]) {
         let around = Surroundings {
-            base: plan.arena,
+            base: plan.place.arena,
             shared: 0,
             contexts: SHARED,
             stacks: layout.stacks,
             stack_size: STACK,
             descriptor: &|slot| fds.get(slot as usize).map_or(-1, AsRawFd::as_raw_fd),
         };
-        for (phase, placed) in plan.phases.iter().zip(&layout.phases) {
+        for (phase, placed) in plan.begin.iter().zip(&layout.begin) {
             phase.script.encode(*placed, &around, arena.bytes());
         }
-        for (script, placed) in plan.threads.iter().zip(&layout.threads) {
+        let births = plan.births.iter().chain(&plan.makers);
+        for (script, placed) in births.clone().zip(layout.births.iter().chain(&layout.makers)) {
             script.encode(*placed, &around, arena.bytes());
         }
-        for (n, thread) in self.task.threads.iter().enumerate() {
-            let (script, placed) = if n == 0 {
-                (&plan.phases[0].script, layout.phases[0])
-            } else {
-                (&plan.threads[n - 1], layout.threads[n - 1])
-            };
-            let context = Context {
-                base: plan.arena,
-                ops: placed.ops,
-                count: script.steps().len() as u32,
-                tgid: self.task.pid.0,
-                tid: thread.tid.0,
-                signal: plan.trap,
-                heal: Heal { kind: heal::EXIT, ..Heal::default() },
-                ..Context::default()
-            };
-            arena.set_context(n, &context);
+        let base = |placed: Placed, script: &Script, tgid: i32, tid: i32| Context {
+            base: plan.place.arena,
+            ops: placed.ops,
+            count: script.steps().len() as u32,
+            tgid,
+            tid,
+            signal: plan.trap,
+            heal: Heal { kind: heal::EXIT, ..Heal::default() },
+            ..Context::default()
+        };
+        for (i, (node, script)) in plan.lineage.nodes.iter().zip(&plan.births).enumerate() {
+            let (script, placed) =
+                if i == 0 { (&plan.begin[0].script, layout.begin[0]) } else { (script, layout.births[i]) };
+            arena.set_context(i, &base(placed, script, node.pid, node.pid));
+        }
+        // A trap of theirs would be a failure.
+        for (i, (script, placed)) in plan.makers.iter().zip(&layout.makers).enumerate() {
+            arena.set_context(plan.first_maker() + i, &base(*placed, script, 0, 0));
+        }
+        for (task, (phases, threads, stops)) in plan.tasks.iter().zip(&layout.tasks) {
+            for (phase, placed) in task.phases.iter().zip(phases) {
+                phase.script.encode(*placed, &around, arena.bytes());
+            }
+            task.stops.encode(*stops, &around, arena.bytes());
+            let image = &self.image.tasks[task.index];
+            for (n, (script, placed)) in task.threads.iter().zip(threads).enumerate() {
+                script.encode(*placed, &around, arena.bytes());
+                let tid = image.other_threads()[n].tid.0;
+                let context = base(*placed, script, image.pid.0, tid);
+                arena.set_context(task.first_thread as usize + n, &context);
+            }
         }
     }
 
-    /// From here on the task dies when we do.
-    fn trace(&mut self, tid: i32) -> Result<()> {
+    fn seat<'p>(&self, plan: &'p Plan, layout: &Layout, task: usize, phase: usize) -> Seat<'p> {
+        Seat {
+            tid: self.traced[task][0],
+            context: task,
+            task,
+            script: &plan.tasks[task].phases[phase].script,
+            placed: layout.tasks[task].0[phase],
+        }
+    }
+
+    /// From here on the thread dies when we do.
+    fn trace(&mut self, task: usize, tid: i32) -> Result<()> {
         ptrace::seize(Tid(tid), ptrace::OPTION_SYSGOOD | ptrace::OPTION_EXITKILL)
-            .map_err(Error::kernel(self.task.title()))?;
-        self.traced.push(Tid(tid));
+            .map_err(Error::kernel(self.image.tasks[task].title()))?;
+        self.traced[task].push(Tid(tid));
         Ok(())
     }
 
-    fn cont(&self, n: usize) -> Result<()> {
-        ptrace::cont(self.traced[n], 0).map_err(Error::kernel(self.task.title()))
+    fn cont(&self, tid: Tid, signal: i32) -> Result<()> {
+        ptrace::cont(tid, signal).map_err(Error::kernel(format!("thread {tid}")))
     }
 
-    /// Waits until thread `n` is through with `script`.
-    fn finish_script(
+    /// Sends a thread that stands at its trap into the next script; an empty one needs no sending.
+    fn start(&self, seat: Seat<'_>, arena: &mut Arena) -> Result<()> {
+        if seat.script.is_empty() {
+            return Ok(());
+        }
+        let context = Context {
+            ops: seat.placed.ops,
+            count: seat.script.steps().len() as u32,
+            state: state::RUNNING,
+            command: command::RUN,
+            ..arena.context(seat.context)
+        };
+        arena.set_context(seat.context, &context);
+        self.cont(seat.tid, 0)
+    }
+
+    /// Waits until a thread is through with its script.
+    fn finish(&self, seat: Seat<'_>, plan: &Plan, arena: &mut Arena) -> Result<()> {
+        if seat.script.is_empty() {
+            return Ok(());
+        }
+        let title = || self.image.tasks[seat.task].title();
+        loop {
+            match ptrace::wait(seat.tid).map_err(Error::kernel(title()))? {
+                Stop::Signal(signal) if signal == plan.trap => break,
+                Stop::Signal(signal) if ptrace::is_fault(signal) => {
+                    return Err(self.died(seat.task, &format!("signal {signal} in the executor")));
+                }
+                Stop::Exited(code) => return Err(self.died(seat.task, &format!("exit code {code}"))),
+                Stop::Killed(signal) => return Err(self.died(seat.task, &format!("signal {signal}"))),
+                Stop::Signal(_) | Stop::Syscall | Stop::Event { .. } => self.cont(seat.tid, 0)?,
+            }
+        }
+        if arena.context(seat.context).state == state::DONE {
+            return Ok(());
+        }
+        Err(self.failure(&title(), seat.script, seat.placed, arena, seat.context))
+    }
+
+    fn finish_threads(&self, plan: &Plan, layout: &Layout, arena: &mut Arena) -> Result<()> {
+        for task in &plan.tasks {
+            let first = self.traced[task.index].len() - task.threads.len();
+            for (n, script) in task.threads.iter().enumerate() {
+                let seat = Seat {
+                    tid: self.traced[task.index][first + n],
+                    context: task.first_thread as usize + n,
+                    task: task.index,
+                    script,
+                    placed: layout.tasks[task.index].1[n],
+                };
+                self.finish(seat, plan, arena)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Why a script has not been run to its end.
+    fn failure(
         &self,
-        n: usize,
-        plan: &TaskPlan,
+        title: &str,
         script: &Script,
         placed: Placed,
         arena: &mut Arena,
-    ) -> Result<()> {
-        loop {
-            match ptrace::wait(self.traced[n]).map_err(Error::kernel(self.task.title()))? {
-                Stop::Signal(signal) if signal == plan.trap => break,
-                Stop::Signal(signal) if ptrace::is_fault(signal) => {
-                    return Err(self.died(&format!("signal {signal} in the executor")));
-                }
-                Stop::Exited(code) => return Err(self.died(&format!("exit code {code}"))),
-                Stop::Killed(signal) => return Err(self.died(&format!("signal {signal}"))),
-                Stop::Signal(_) | Stop::Syscall | Stop::Event { .. } => self.cont(n)?,
-            }
-        }
-        let context = arena.context(n);
-        if context.state == state::DONE {
-            return Ok(());
-        }
-        let failed = context.failed as usize;
-        let result = script.outcome(placed, arena.bytes()).result(OpId(context.failed));
+        context: usize,
+    ) -> Error {
+        let failed = arena.context(context).failed;
+        let result = script.outcome(placed, arena.bytes()).result(OpId(failed));
         let errno = Errno::from_raw(-result as i32);
-        let purpose =
-            script.steps().get(failed).map_or_else(|| "state".to_owned(), |s| s.purpose.to_string());
-        let spawns = || script.steps()[..failed].iter().filter(|s| s.kind == kind::SPAWN).count();
-        if script.steps().get(failed).is_some_and(|s| s.kind == kind::SPAWN)
-            && let Some(thread) = self.task.threads.get(1 + spawns())
+        let step = script.steps().get(failed as usize);
+        let purpose = step.map_or_else(|| "state".to_owned(), |s| s.purpose.to_string());
+        if let Some(step) = step
+            && step.kind == kind::SPAWN
         {
-            return Err(birth::failure(self.task, thread.tid.0, errno));
+            return birth::failure(&format!("{title}: {purpose}"), step.expected as i32, errno);
         }
         if result >= 0 {
             // A read that came up short: the file is not what it was.
-            return Err(Error::Script {
-                task: self.task.title(),
+            return Error::Script {
+                task: title.to_owned(),
                 purpose: format!("{purpose}: unexpected result {result}"),
                 errno: Errno::EIO,
-            });
+            };
         }
-        Err(Error::Script { task: self.task.title(), purpose, errno })
+        Error::Script { task: title.to_owned(), purpose, errno }
     }
 
-    fn died(&self, how: &str) -> Error {
-        Error::Died { task: self.task.title(), how: how.to_owned() }
+    fn died(&self, task: usize, how: &str) -> Error {
+        Error::Died { task: self.image.tasks[task].title(), how: how.to_owned() }
     }
 
     /// What is set from outside, in /proc.
     fn outside(&self, plan: &TaskPlan) -> Result<()> {
-        let pid = self.task.pid;
+        let task = &self.image.tasks[plan.index];
         let write = |name: &str, text: String| {
-            std::fs::write(format!("/proc/{pid}/{name}"), text).map_err(|e| Error::Permission {
-                what: format!("{}: its {name}", self.task.title()),
+            std::fs::write(format!("/proc/{}/{name}", task.pid), text).map_err(|e| Error::Permission {
+                what: format!("{}: its {name}", task.title()),
                 call: "write",
                 errno: Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)),
                 remedy: "run torpor with CAP_SYS_RESOURCE",
@@ -271,12 +460,62 @@ impl Building<'_> {
         Ok(())
     }
 
-    /// Makes the leader unmap executor and arena, by an instruction of its own memory.
+    /// The last of a task: it leaves the executor for good, has its registers, and stands if it is to stand.
+    fn complete(&mut self, plan: &Plan, layout: &Layout, task: &TaskPlan, arena: &mut Arena) -> Result<()> {
+        let index = task.index;
+        let image = &self.image.tasks[index];
+        let stops = Seat {
+            tid: self.traced[index][0],
+            context: index,
+            task: index,
+            script: &task.stops,
+            placed: layout.tasks[index].2,
+        };
+        self.start(stops, arena)?;
+        self.finish(stops, plan, arena)?;
+        if let Some(status) = image.leader_ended {
+            self.end_leader(plan, index, status)?;
+        }
+        if task.owns_memory {
+            self.unmap(task, arena)?;
+        }
+        for (tid, thread) in self.traced[index].iter().zip(&image.threads) {
+            self.set_state(index, *tid, thread)?;
+        }
+        if image.stopped { self.stop(index) } else { Ok(()) }
+    }
+
+    /// Lets a first thread end that had ended at the dump; others go on.
+    fn end_leader(&mut self, plan: &Plan, index: usize, status: i32) -> Result<()> {
+        let leader = self.traced[index].remove(0);
+        let title = self.image.tasks[index].title();
+        let registers = ptrace::registers(leader).map_err(Error::kernel(title.clone()))?;
+        // The vdso of the process has a system call instruction.
+        let status = (status >> 8) as u64 & 0xff;
+        let exit = [status, 0, 0, 0, 0, 0];
+        let exit =
+            registers.with_call(plan.tasks[index].last_call, registers.sp(), libc::SYS_exit as u64, exit);
+        ptrace::set_registers(leader, &exit).map_err(Error::kernel(title.clone()))?;
+        self.cont(leader, 0)?;
+        // A tracer is told of the end of a first thread only after that of all others.
+        let deadline = Instant::now() + PATIENCE;
+        let pid = Pid(self.image.tasks[index].pid.0);
+        while torpor_kernel::status::of_task(pid, leader).is_ok_and(|s| s.state != 'Z') {
+            if Instant::now() > deadline {
+                return Err(self.died(index, "its first thread does not end"));
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        Ok(())
+    }
+
+    /// Makes a thread unmap executor and arena, by an instruction of the task's own memory.
     fn unmap(&self, plan: &TaskPlan, arena: &Arena) -> Result<()> {
-        let fail = || Error::kernel(self.task.title());
-        let leader = self.traced[0];
+        let task = &self.image.tasks[plan.index];
+        let fail = || Error::kernel(task.title());
+        let leader = self.traced[plan.index][0];
         let (start, length) = arena.range();
-        let home = &self.task.leader().registers;
+        let home = &task.leader().registers;
         let regs =
             home.with_call(plan.last_call, home.sp(), libc::SYS_munmap as u64, [start, length, 0, 0, 0, 0]);
         ptrace::set_registers(leader, &regs).map_err(fail())?;
@@ -285,10 +524,11 @@ impl Building<'_> {
             ptrace::resume_to_syscall(leader, 0).map_err(fail())?;
             match ptrace::wait(leader).map_err(fail())? {
                 Stop::Syscall => stops += 1,
-                Stop::Exited(code) => return Err(self.died(&format!("exit code {code}"))),
-                Stop::Killed(signal) => return Err(self.died(&format!("signal {signal}"))),
+                Stop::Exited(code) => return Err(self.died(plan.index, &format!("exit code {code}"))),
+                Stop::Killed(signal) => return Err(self.died(plan.index, &format!("signal {signal}"))),
                 Stop::Signal(signal) if ptrace::is_fault(signal) => {
-                    return Err(self.died(&format!("signal {signal} on leaving the executor")));
+                    let how = format!("signal {signal} on leaving the executor");
+                    return Err(self.died(plan.index, &how));
                 }
                 Stop::Signal(_) | Stop::Event { .. } => {}
             }
@@ -296,7 +536,7 @@ impl Building<'_> {
         match ptrace::registers(leader).map_err(fail())?.result() {
             0 => Ok(()),
             e => Err(Error::Script {
-                task: self.task.title(),
+                task: task.title(),
                 purpose: "unmapping the executor".into(),
                 errno: Errno::from_raw(-e as i32),
             }),
@@ -304,11 +544,51 @@ impl Building<'_> {
     }
 
     /// Vector state, registers and mask: the last of all, from outside.
-    fn set_state(&self, tid: Tid, thread: &Thread) -> Result<()> {
-        let fail = || Error::kernel(format!("{}: thread {tid}", self.task.title()));
+    fn set_state(&self, task: usize, tid: Tid, thread: &Thread) -> Result<()> {
+        let fail = || Error::kernel(format!("{}: thread {tid}", self.image.tasks[task].title()));
         ptrace::set_xstate(tid, &thread.xstate).map_err(fail())?;
         ptrace::set_registers(tid, &thread.registers.restarted()).map_err(fail())?;
         ptrace::set_signal_mask(tid, thread.signals.mask).map_err(fail())
+    }
+
+    /// Stops a task by job control, traced as it is: one thread takes the signal, which stops all, before the others
+    /// are let go into that stop. Nothing of the program runs.
+    fn stop(&self, index: usize) -> Result<()> {
+        let task = &self.image.tasks[index];
+        let fail = || Error::kernel(format!("{}: stopping it", task.title()));
+        // The parent has yet to ask for the stop: by the signal it was, if nobody handles that by now.
+        let usable = |signal: i32| {
+            let action = task.signals.actions.get(signal as usize - 1);
+            [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU].contains(&signal)
+                && action.is_some_and(|a| a.handler == 0)
+                && task.leader().signals.mask & (1 << (signal - 1)) == 0
+        };
+        let signal = if usable(task.stop_report.max(1)) { task.stop_report } else { libc::SIGSTOP };
+        let (first, others) =
+            self.traced[index].split_first().ok_or_else(|| self.died(index, "no thread"))?;
+        // SAFETY: tgkill takes numbers only.
+        unsafe { libc::syscall(libc::SYS_tgkill, task.pid.0, first.0, signal) };
+        let mut deliver = 0;
+        loop {
+            ptrace::cont(*first, deliver).map_err(fail())?;
+            match ptrace::wait(*first).map_err(fail())? {
+                Stop::Signal(got) if got == signal => deliver = signal,
+                stop if stop.group_stop().is_some() => break,
+                Stop::Exited(_) | Stop::Killed(_) => return Err(self.died(index, "it was killed")),
+                _ => deliver = 0,
+            }
+        }
+        for tid in others {
+            loop {
+                ptrace::cont(*tid, 0).map_err(fail())?;
+                match ptrace::wait(*tid).map_err(fail())? {
+                    stop if stop.group_stop().is_some() => break,
+                    Stop::Exited(_) | Stop::Killed(_) => return Err(self.died(index, "it was killed")),
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Lets go.
@@ -320,41 +600,58 @@ impl Building<'_> {
         for (fd, termios) in &self.opener.terminals {
             terminal::set_up(fd, termios);
         }
-        let pid = self.task.pid.0;
-        if stopped || self.task.stopped {
-            // SAFETY: kill takes numbers only. The threads take the signal once they are let go.
-            unsafe { libc::kill(pid, libc::SIGSTOP) };
+        if stopped {
+            for task in self.image.tasks.iter().filter(|t| !t.stopped) {
+                // SAFETY: kill takes numbers only. The threads take the signal once they are let go.
+                unsafe { libc::kill(task.pid.0, libc::SIGSTOP) };
+            }
         }
         // Should we die between two of these, those already let go must not be killed with the others.
-        for tid in &self.traced {
+        for tid in self.traced.iter().flatten() {
             let _gone = ptrace::set_options(*tid, 0);
         }
-        for tid in &self.traced {
+        for tid in self.traced.iter().flatten() {
             // One that was killed meanwhile needs no letting go.
             let _gone = ptrace::detach(*tid, 0);
         }
-        if stopped || self.task.stopped {
+        for task in self.image.tasks.iter().filter(|t| stopped || t.stopped) {
             for _ in 0..10_000 {
-                if torpor_kernel::status::of_process(Pid(pid))
-                    .map_or(true, |s| s.state != 'R' && s.state != 'S')
-                {
+                let status = torpor_kernel::status::of_process(Pid(task.pid.0));
+                if status.map_or(true, |s| s.state != 'R' && s.state != 'S') {
                     break;
                 }
-                std::thread::sleep(std::time::Duration::from_micros(100));
+                std::thread::sleep(Duration::from_micros(100));
             }
         }
     }
 }
 
+/// Every process that has been made, as the results in the arena tell.
+fn made(plan: &Plan, layout: &Layout, arena: &mut Arena) -> Vec<i32> {
+    let mut all = vec![plan.lineage.nodes[0].pid];
+    let scripts = plan.births.iter().chain(&plan.makers).zip(layout.births.iter().chain(&layout.makers));
+    for (script, placed) in scripts {
+        let outcome = script.outcome(*placed, arena.bytes());
+        for (i, step) in script.steps().iter().enumerate().filter(|(_, s)| s.kind == kind::SPAWN) {
+            let result = outcome.result(OpId(i as u32));
+            if result > 0 && result == step.expected {
+                all.push(result as i32);
+            }
+        }
+    }
+    all
+}
+
 impl Drop for Building<'_> {
     fn drop(&mut self) {
-        let _image = self.image;
-        if self.done || !self.born {
+        if self.done || self.born.is_empty() {
             return;
         }
-        // SAFETY: kill takes numbers only; the pid is a child of ours that nobody else can have reaped.
-        unsafe { libc::kill(self.task.pid.0, libc::SIGKILL) };
-        for tid in self.traced.iter().rev() {
+        for pid in &self.born {
+            // SAFETY: kill takes numbers only; what was made here and is traced nobody else can have reaped.
+            unsafe { libc::kill(*pid, libc::SIGKILL) };
+        }
+        for tid in self.traced.iter().rev().flat_map(|t| t.iter().rev()) {
             while let Ok(stop) = ptrace::wait(*tid) {
                 if matches!(stop, Stop::Exited(_) | Stop::Killed(_)) {
                     break;
@@ -362,6 +659,6 @@ impl Drop for Building<'_> {
             }
         }
         // Never traced, if that failed; else there is nothing left to wait for.
-        let _reaped = ptrace::wait(Tid(self.task.pid.0));
+        let _reaped = ptrace::wait(Tid(self.born[0]));
     }
 }

@@ -1,5 +1,6 @@
 //! Planning a process: the phases its leader goes through.
 
+use torpor_image::Image;
 use torpor_image::inode::Source;
 use torpor_image::task::Task;
 use torpor_parasite::call;
@@ -18,7 +19,6 @@ const MM_EXE_FD: u32 = 100;
 const PR_SET_MDWE: u64 = 65;
 const PR_SET_MEMORY_MERGE: u64 = 67;
 const PR_SET_DUMPABLE: u64 = 4;
-const PR_SET_CHILD_SUBREAPER: u64 = 36;
 const PR_SET_THP_DISABLE: u64 = 41;
 const RLIMIT_NOFILE: usize = 7;
 
@@ -72,15 +72,6 @@ pub(crate) fn mm_fields(script: &mut Script, planner: &mut Planner<'_>, task: &T
     script.call("the addresses of program, heap and arguments", libc::SYS_prctl, &args);
 }
 
-/// Session and process group, as far as they are the task's own.
-pub(crate) fn session(script: &mut Script, task: &Task) {
-    if task.sid == task.pid {
-        call!(script, "a session of its own", libc::SYS_setsid);
-    } else if task.pgid == task.pid {
-        call!(script, "a process group of its own", libc::SYS_setpgid, 0, 0);
-    }
-}
-
 /// Root and working directory.
 pub(crate) fn directories(script: &mut Script, planner: &mut Planner<'_>, task: &Task) {
     if &*task.root != b"/" {
@@ -100,9 +91,6 @@ pub(crate) fn attributes(script: &mut Script, planner: &mut Planner<'_>, task: &
     let n = Value::Number;
     call!(script, "the umask", libc::SYS_umask, task.umask);
     call!(script, "the personality", libc::SYS_personality, task.personality);
-    if task.child_subreaper {
-        script.call("the subreaper attribute", libc::SYS_prctl, &[n(PR_SET_CHILD_SUBREAPER), n(1)]);
-    }
     if task.memory.thp_disabled != 0 {
         // Bit 0 is the state, the others are flags (linux/prctl.h, PR_THP_DISABLE_EXCEPT_ADVISED).
         let flags = u64::from(task.memory.thp_disabled & !1);
@@ -131,6 +119,29 @@ fn limits(script: &mut Script, planner: &mut Planner<'_>, task: &Task) {
         let limit = script.words(&[soft, hard]);
         call!(script, format!("limit {resource}"), libc::SYS_prlimit64, 0, resource, limit, 0);
     }
+}
+
+/// Collects the stop of each child whose stop the parent has been told of, so that it is not told again, and
+/// forgets the signal that came of it.
+pub(crate) fn collect_stops(image: &Image, task: &Task) -> Script {
+    let mut script = Script::new();
+    let stopped = image.tasks.iter().filter(|t| t.ppid == task.pid && t.stopped);
+    let mut signals = Vec::new();
+    for child in stopped {
+        if child.stop_report == 0 {
+            let info = script.reserve(128);
+            let purpose = format!("the stop of {}", child.title());
+            let how = libc::WSTOPPED | libc::WNOHANG | libc::__WALL;
+            call!(script, purpose, libc::SYS_waitid, libc::P_PID, child.pid.0, info, how, 0);
+        }
+        let pending =
+            task.signals.pending.iter().any(|i| i.first_chunk() == Some(&libc::SIGCHLD.to_ne_bytes()));
+        if !pending && signals.is_empty() {
+            signals.push(libc::SIGCHLD);
+        }
+    }
+    crate::birth::forget(&mut script, &signals);
+    script
 }
 
 /// What changes of credentials would undo.

@@ -48,6 +48,7 @@ pub(crate) fn host() -> Host {
         coredump_filter: Some(0x33),
         timer_ids: true,
         last_capability: 40,
+        pgid: 7,
     }
 }
 
@@ -145,6 +146,10 @@ fn parts() -> Parts {
         personality: 0,
         oom_score_adj: 0,
         child_subreaper: false,
+        exit_signal: libc::SIGCHLD,
+        stop_report: 0,
+        leader_ended: None,
+        shares: Default::default(),
     };
     let manifest = Manifest {
         torpor: "test".into(),
@@ -152,6 +157,7 @@ fn parts() -> Parts {
         host: torpor_image::manifest::Host { vdso: host().vdso, xstate_features: 7, ..Default::default() },
         root: Pid(100),
         tasks: vec![Pid(100)],
+        zombies: Vec::new(),
         files: Vec::new(),
         ran_on: false,
         not_captured: Vec::new(),
@@ -341,7 +347,7 @@ fn number(value: Value) -> Option<u64> {
 /// What must hold of every plan.
 fn holds(image: &Image, plan: &Plan) {
     let task = &image.tasks[0];
-    let opens = &plan.opens;
+    let (opens, place) = (&plan.opens, plan.place);
     let plan = &plan.tasks[0];
     let script = |name: &str| &plan.phases.iter().find(|p| p.name == name).expect("a phase").script;
     // Every number gets its description, by dup3 from above all numbers: no move reads what it has written.
@@ -374,7 +380,7 @@ fn holds(image: &Image, plan: &Plan) {
     made.retain(|fd, _| wanted.contains_key(fd));
     assert_eq!(made, wanted);
     // Nothing is mapped over the executor, which lies apart from all that is there.
-    let own = (plan.park, plan.arena + plan.arena_length);
+    let own = (place.park, place.arena + place.arena_length);
     let apart = |start: u64, end: u64| end <= own.0 || start >= own.1;
     for vma in &task.memory.vmas {
         assert!(apart(vma.start, vma.end), "the executor lies on {:x}-{:x}", vma.start, vma.end);

@@ -21,9 +21,10 @@ const THREAD: u64 = (libc::CLONE_VM
     | libc::CLONE_SYSVSEM) as u64;
 const PR_SET_NAME: u64 = 15;
 
-/// Makes the other threads; each begins in its own context and waits for the shared word `go`.
-pub(crate) fn spawn(script: &mut Script, task: &Task, stack_size: u64) {
-    for (i, thread) in task.threads.iter().enumerate().skip(1) {
+/// Makes the other threads; each begins in its own context, `first` and those that follow, and waits for a
+/// shared word.
+pub(crate) fn spawn(script: &mut Script, task: &Task, first: u32, stack_size: u64) {
+    for (context, thread) in (first..).zip(task.other_threads()) {
         let tid = script.data(&thread.tid.0.to_ne_bytes());
         let mut args = [0u64; CLONE_ARGS / 8];
         args[0] = THREAD;
@@ -31,7 +32,7 @@ pub(crate) fn spawn(script: &mut Script, task: &Task, stack_size: u64) {
         let args = script.words(&args);
         script.point(args.at(SET_TID), tid);
         let purpose = format!("thread {} ({})", thread.tid, thread.name);
-        script.spawn(purpose, args, i as u32, stack_size, Some(i64::from(thread.tid.0)));
+        script.spawn(purpose, args, context, stack_size, Some(i64::from(thread.tid.0)));
     }
 }
 

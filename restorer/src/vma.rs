@@ -1,5 +1,7 @@
 //! Planning the address space: where everything lies, and the calls that make it.
 
+use std::collections::BTreeMap;
+
 use torpor_image::task::Task;
 use torpor_image::vma::{Lock, Mapping, Vma};
 use torpor_image::{Image, InodeId};
@@ -9,15 +11,43 @@ use torpor_parasite::script::{Script, Value};
 use crate::host::Host;
 use crate::plan::{Open, Planner};
 
+/// asm-generic/mman-common.h
+const MADV_WIPEONFORK: i32 = 18;
 const PR_SET_VMA: u64 = 0x53564d41;
 const PR_SET_VMA_ANON_NAME: u64 = 0;
 const MREMAP_TO: u64 = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
 const FIXED: i32 = libc::MAP_FIXED_NOREPLACE;
 
-/// A place of `length` bytes that is free both in the restoring process and in the image.
-pub(crate) fn free_range(host: &Host, task: &Task, length: u64) -> Option<u64> {
+/// What an address space begins as.
+#[derive(Clone, Copy)]
+pub(crate) enum Begin<'a> {
+    /// The executor and the parked areas of the kernel.
+    Bare,
+    /// The complete memory of this task, its parent.
+    With(&'a Task),
+}
+
+impl Begin<'_> {
+    /// The area of the parent that a task begins with and keeps. Areas that fork(2) does not pass on as they are
+    /// (madvise(2), MADV_DONTFORK and MADV_WIPEONFORK) are made anew.
+    pub(crate) fn kept(&self, vma: &Vma) -> Option<&Vma> {
+        let Begin::With(parent) = self else { return None };
+        let vmas = &parent.memory.vmas;
+        let own = &vmas[vmas.binary_search_by_key(&vma.start, |v| v.start).ok()?];
+        let changed = own.advice.contains(&libc::MADV_DONTFORK) || own.advice.contains(&MADV_WIPEONFORK);
+        let same = own.end == vma.end
+            && own.mapping == vma.mapping
+            && own.grows_down == vma.grows_down
+            && own.no_reserve == vma.no_reserve
+            && own.advice == vma.advice;
+        (same && !changed).then_some(own)
+    }
+}
+
+/// Places of these lengths that are free in the restoring process and in every task of the image.
+pub(crate) fn free_ranges(host: &Host, image: &Image, lengths: &[u64]) -> Option<Vec<u64>> {
     let mut taken: Vec<(u64, u64)> = host.occupied.clone();
-    taken.extend(task.memory.vmas.iter().map(|v| {
+    taken.extend(image.tasks.iter().flat_map(|t| &t.memory.vmas).map(|v| {
         // A stack grows down into what lies below it.
         let room = if v.grows_down { 1 << 30 } else { 0 };
         (v.start.saturating_sub(room), v.end)
@@ -25,15 +55,22 @@ pub(crate) fn free_range(host: &Host, task: &Task, length: u64) -> Option<u64> {
     taken.push((0, 1 << 20));
     taken.push((arch::TASK_SIZE, u64::MAX));
     taken.sort_unstable();
-    let mut end = 0;
-    for (start, stop) in taken {
-        // A page on either side keeps areas from merging and overruns from going unseen.
-        if start >= end && start - end >= length + 2 * 4096 {
-            return Some(start - length - 4096);
-        }
-        end = end.max(stop);
-    }
-    None
+    lengths
+        .iter()
+        .map(|&length| {
+            let mut end = 0;
+            for (i, &(start, stop)) in taken.iter().enumerate() {
+                // A page on either side keeps areas from merging and overruns from going unseen.
+                if start >= end && start - end >= length + 2 * 4096 {
+                    let at = start - length - 4096;
+                    taken.insert(i, (at, at + length));
+                    return Some(at);
+                }
+                end = end.max(stop);
+            }
+            None
+        })
+        .collect()
 }
 
 /// Removes the memory of the restoring process from the new task, but for the executor's and the kernel's
@@ -54,18 +91,41 @@ pub(crate) fn parking(host: &Host) -> u64 {
     host.kernel_areas.iter().map(|(_, start, stop)| stop - start).sum()
 }
 
-/// Moves the kernel's areas from where they are parked to where the image has them.
-pub(crate) fn unpark(script: &mut Script, host: &Host, task: &Task, park: u64) {
-    let mut from = park;
+/// Puts the kernel's areas where the image has them, and unmaps what a task begins with and does not keep.
+pub(crate) fn begin(script: &mut Script, host: &Host, task: &Task, begin: Begin<'_>, park: u64) {
+    let place = |vmas: &[Vma], name: &[u8]| {
+        let own = |v: &&Vma| matches!(&v.mapping, Mapping::Kernel { name: n } if &**n == name);
+        vmas.iter().find(own).map(|v| v.start)
+    };
+    let mut parked = Vec::new();
+    let mut at = park;
     for (name, start, stop) in &host.kernel_areas {
-        let length = stop - start;
-        let wanted = task
-            .memory
-            .vmas
-            .iter()
-            .find(|v| matches!(&v.mapping, Mapping::Kernel { name: n } if n == name))
-            .map(|v| v.start);
-        match wanted {
+        parked.push((name, at, stop - start));
+        at += stop - start;
+    }
+    if let Begin::With(parent) = begin {
+        let now = |name| place(&parent.memory.vmas, name);
+        if parked.iter().all(|(name, ..)| now(name) == place(&task.memory.vmas, name)) {
+            parked.clear();
+        }
+        // Through the parking place: one may have to go where another is.
+        for &(name, at, length) in &parked {
+            if let Some(from) = now(name) {
+                let purpose = format!("parking {name}");
+                call!(script, purpose, libc::SYS_mremap, from, length, length, MREMAP_TO, at);
+            }
+        }
+        parked.retain(|(name, ..)| now(name).is_some());
+        for vma in &parent.memory.vmas {
+            let own = task.memory.vmas.binary_search_by_key(&vma.start, |v| v.start).ok();
+            let kept = own.is_some_and(|i| begin.kept(&task.memory.vmas[i]).is_some());
+            if !kept && !matches!(vma.mapping, Mapping::Kernel { .. }) {
+                call!(script, "unmapping what only its parent has", libc::SYS_munmap, vma.start, vma.len());
+            }
+        }
+    }
+    for (name, from, length) in parked {
+        match place(&task.memory.vmas, name) {
             Some(to) => {
                 let purpose = format!("moving {name} to {to:x}");
                 call!(script, purpose, libc::SYS_mremap, from, length, length, MREMAP_TO, to);
@@ -74,7 +134,6 @@ pub(crate) fn unpark(script: &mut Script, host: &Host, task: &Task, park: u64) {
                 call!(script, format!("unmapping {name}"), libc::SYS_munmap, from, length);
             }
         }
-        from += length;
     }
 }
 
@@ -105,12 +164,24 @@ pub(crate) fn kernel_mismatch(image: &Image, host: &Host, task: &Task) -> Option
         .then(|| "the vdso of this kernel is another one".to_owned())
 }
 
-/// Plans every area but the kernel's own.
-pub(crate) fn map(script: &mut Script, planner: &mut Planner<'_>, task: &Task, scratch: u64) {
-    let mut shared: Vec<InodeId> = Vec::new();
+/// Plans every area but the kernel's own. `scratch` tells where anonymous shared memory is mapped whole.
+pub(crate) fn map(
+    script: &mut Script,
+    planner: &mut Planner<'_>,
+    task: &Task,
+    begin: Begin<'_>,
+    scratch: &BTreeMap<InodeId, u64>,
+) {
     for vma in &task.memory.vmas {
         let title = title(vma, planner.image);
         let length = vma.len();
+        if let Some(own) = begin.kept(vma) {
+            let needed = made_with(vma, planner.image, task, begin);
+            if needed != own.protection {
+                call!(script, title, libc::SYS_mprotect, vma.start, length, needed);
+            }
+            continue;
+        }
         match &vma.mapping {
             Mapping::Kernel { .. } => {}
             Mapping::Anonymous { .. } => {
@@ -119,20 +190,21 @@ pub(crate) fn map(script: &mut Script, planner: &mut Planner<'_>, task: &Task, s
                     | FIXED
                     | if vma.grows_down { libc::MAP_GROWSDOWN } else { 0 }
                     | if vma.no_reserve { libc::MAP_NORESERVE } else { 0 };
-                let protection = made_with(vma, planner.image, task);
+                let protection = made_with(vma, planner.image, task, begin);
                 mmap(script, title, vma.start, length, protection, flags, Value::Number(u64::MAX), 0);
             }
             Mapping::Private { inode, offset } => {
                 let slot = planner.open(Open::Mapped { inode: *inode, write: false });
                 let flags = libc::MAP_PRIVATE | FIXED | if vma.no_reserve { libc::MAP_NORESERVE } else { 0 };
-                let protection = made_with(vma, planner.image, task);
+                let protection = made_with(vma, planner.image, task, begin);
                 mmap(script, title, vma.start, length, protection, flags, planner.descriptor(slot), *offset);
             }
             Mapping::Shared { inode, offset, may_write } => {
-                if planner.image.objects.inodes[inode.0 as usize].is_shared_memory() {
-                    if !shared.contains(inode) {
-                        shared.push(*inode);
-                    }
+                if let Some(whole) = scratch.get(inode) {
+                    // A second view of it (an old size of 0, mremap(2)) keeps it what it was in /proc/PID/maps.
+                    let (from, to) = (whole + offset, vma.start);
+                    let args = [from.into(), Value::Number(0), length.into(), MREMAP_TO.into(), to.into()];
+                    script.call_for(title, libc::SYS_mremap, &args, to as i64);
                     continue;
                 }
                 let slot = planner.open(Open::Mapped { inode: *inode, write: *may_write });
@@ -150,65 +222,55 @@ pub(crate) fn map(script: &mut Script, planner: &mut Planner<'_>, task: &Task, s
             }
         }
     }
-    for inode in shared {
-        shared_memory(script, planner, task, inode, scratch);
-    }
 }
 
-/// Anonymous shared memory: mapped whole at a scratch address, filled, and every area made a second view of
-/// it (`mremap` with an old size of 0, mremap(2)), which keeps it what it was in /proc/PID/maps.
-fn shared_memory(script: &mut Script, planner: &mut Planner<'_>, task: &Task, id: InodeId, scratch: u64) {
+/// Anonymous shared memory, which no descriptor can name: made by the root before it makes others, so that all
+/// have it at the same place to begin with.
+pub(crate) fn shared_memory(script: &mut Script, planner: &mut Planner<'_>, id: InodeId, at: u64) {
     let inode = &planner.image.objects.inodes[id.0 as usize];
     let size = inode.size.next_multiple_of(4096);
     let read_write = (libc::PROT_READ | libc::PROT_WRITE) as u32;
-    let areas = task.memory.vmas.iter().filter_map(|v| match v.mapping {
-        Mapping::Shared { inode, offset, .. } if inode == id => Some((v, offset)),
-        _ => None,
-    });
-    let reserve = areas.clone().any(|(v, _)| v.no_reserve);
+    let mut areas = planner.image.tasks.iter().flat_map(|t| &t.memory.vmas);
+    let reserve =
+        areas.any(|v| v.no_reserve && matches!(v.mapping, Mapping::Shared { inode, .. } if inode == id));
     let flags =
         libc::MAP_SHARED | libc::MAP_ANONYMOUS | FIXED | if reserve { libc::MAP_NORESERVE } else { 0 };
-    mmap(script, format!("shared memory {id}"), scratch, size, read_write, flags, Value::Number(u64::MAX), 0);
+    mmap(script, format!("shared memory {id}"), at, size, read_write, flags, Value::Number(u64::MAX), 0);
     if let Some(content) = inode.content() {
         let records = planner.image.records(content);
-        crate::memory::read(script, planner, records, scratch, false);
+        crate::memory::read(script, planner, records, at, false);
     }
-    for (vma, offset) in areas {
-        let title = title(vma, planner.image);
-        let (from, to) = (scratch + offset, vma.start);
-        script.call_for(
-            title,
-            libc::SYS_mremap,
-            &[from.into(), Value::Number(0), vma.len().into(), MREMAP_TO.into(), to.into()],
-            to as i64,
-        );
-    }
-    call!(script, format!("shared memory {id}"), libc::SYS_munmap, scratch, size);
 }
 
 /// Sets what can only be set once the contents are there: protection, advice, names and locks.
-pub(crate) fn finish(script: &mut Script, planner: &Planner<'_>, task: &Task) {
+pub(crate) fn finish(script: &mut Script, planner: &Planner<'_>, task: &Task, begin: Begin<'_>) {
     for vma in &task.memory.vmas {
         let title = || title(vma, planner.image);
         let length = vma.len();
         let now = match &vma.mapping {
             Mapping::Kernel { .. } => continue,
             Mapping::Shared { inode, .. } => {
-                if planner.image.objects.inodes[inode.0 as usize].is_shared_memory() {
+                if begin.kept(vma).is_none()
+                    && planner.image.objects.inodes[inode.0 as usize].is_shared_memory()
+                {
                     (libc::PROT_READ | libc::PROT_WRITE) as u32
                 } else {
                     vma.protection
                 }
             }
-            _ => made_with(vma, planner.image, task),
+            _ => made_with(vma, planner.image, task, begin),
         };
         if now != vma.protection {
             call!(script, title(), libc::SYS_mprotect, vma.start, length, vma.protection);
         }
-        for advice in &vma.advice {
+        // Advice and names are inherited.
+        let kept = begin.kept(vma).is_some();
+        for advice in vma.advice.iter().filter(|_| !kept) {
             call!(script, title(), libc::SYS_madvise, vma.start, length, *advice);
         }
-        if let Mapping::Anonymous { name: Some(name) } = &vma.mapping {
+        if let Mapping::Anonymous { name: Some(name) } = &vma.mapping
+            && !kept
+        {
             let name = script.c_string(name);
             // Names are cosmetic and not in every kernel.
             script.try_call(
@@ -251,17 +313,22 @@ pub(crate) fn title(vma: &Vma, image: &Image) -> String {
     format!("memory {:x}-{:x} ({what})", vma.start, vma.end)
 }
 
-/// The protection a private area is made with. One that contents go into must be writable, but not
+/// The protection an area is made with. A private one that contents go into must be writable, but not
 /// executable at the same time. The others are made as they will be: a large area without access is not
-/// accounted as memory in use, and must not become so.
-fn made_with(vma: &Vma, image: &Image, task: &Task) -> u32 {
+/// accounted as memory in use, and must not become so. One that is kept stays as its parent has it unless contents go into
+/// it.
+fn made_with(vma: &Vma, image: &Image, task: &Task, begin: Begin<'_>) -> u32 {
+    let read_write = (libc::PROT_READ | libc::PROT_WRITE) as u32;
+    if !vma.private() {
+        return vma.protection;
+    }
+    if let (Some(own), Begin::With(parent)) = (begin.kept(vma), begin) {
+        let writes = crate::memory::changes(image, task, parent, vma).iter().any(|c| c.writes());
+        return if writes { read_write } else { own.protection };
+    }
     let records = image.records(task.memory.pages);
     let first = records.partition_point(|r| r.address + r.length <= vma.start);
-    if records.get(first).is_some_and(|r| r.address < vma.end) {
-        (libc::PROT_READ | libc::PROT_WRITE) as u32
-    } else {
-        vma.protection
-    }
+    if records.get(first).is_some_and(|r| r.address < vma.end) { read_write } else { vma.protection }
 }
 
 #[expect(clippy::too_many_arguments, reason = "they are those of mmap")]
