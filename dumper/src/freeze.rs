@@ -86,16 +86,7 @@ impl FrozenTree {
                     attempt += 1;
                 }
                 Attempt::Vfork(pid, tid) => {
-                    return Err(Error::Refused {
-                        pid: root,
-                        refusals: vec![Refusal {
-                            object: format!("thread {tid} of pid {pid} ({})", name_of(pid.0)),
-                            why: "it waits for a child of vfork(2) that neither ends nor executes another \
-                                  program, and cannot be stopped meanwhile"
-                                .into(),
-                            remedy: "try again when that child has gone on".into(),
-                        }],
-                    });
+                    return Err(Error::Refused { pid: root, refusals: vec![vfork(pid, tid)] });
                 }
             }
         }
@@ -247,6 +238,11 @@ impl Frozen {
             Err(e) if e.errno() == Some(Errno::EPERM) => {
                 // A thread that is exiting cannot be seized either, and a leader may be a zombie.
                 match status::of_task(pid, tid) {
+                    // It was waiting for a vfork child when all others were let go.
+                    Ok(s) if s.tracer_pid == Pid::this().0 => {
+                        self.threads.push(FrozenThread { tid, group_stop: None });
+                        Ok(true)
+                    }
                     Ok(s) if s.tracer_pid != 0 => {
                         Err(Error::Traced { pid, tracer: s.tracer_pid, name: name_of(s.tracer_pid) })
                     }
@@ -434,8 +430,20 @@ impl Drop for Frozen {
     }
 }
 
+/// A thread that waits for its vfork child cannot be stopped.
+pub(crate) fn vfork(pid: Pid, tid: Tid) -> Refusal {
+    Refusal {
+        object: format!("thread {tid} of pid {pid} ({})", name_of(pid.0)),
+        why:
+            "it waits for a child of vfork(2) that neither ends nor executes another program, and cannot be \
+              stopped meanwhile"
+                .into(),
+        remedy: "try again when that child has gone on".into(),
+    }
+}
+
 /// Whether a thread sleeps until a child of vfork(2) gives the shared memory back.
-fn waits_for_vfork(pid: Pid, tid: Tid) -> bool {
+pub(crate) fn waits_for_vfork(pid: Pid, tid: Tid) -> bool {
     let Ok(Some(call)) = process::blocked_call(pid, tid) else { return false };
     match call.nr {
         #[cfg(target_arch = "x86_64")]

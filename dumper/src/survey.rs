@@ -4,7 +4,7 @@ use std::os::unix::fs::FileExt;
 
 use torpor_image::Bytes;
 use torpor_kernel::fds::{self, KcmpType};
-use torpor_kernel::ids::Pid;
+use torpor_kernel::ids::{Pid, Tid};
 use torpor_kernel::maps::Mapping;
 use torpor_kernel::{process, status};
 
@@ -92,8 +92,31 @@ pub(crate) fn survey(root: Pid) -> Result<(Survey, Vec<(Pid, Vec<Mapping>)>)> {
     Ok((survey, maps))
 }
 
+/// How long a thread may wait for a vfork child before a dump is not even tried: such a thread can be attached to but
+/// not stopped, nor let go again before its child has gone on.
+const VFORK: std::time::Duration = std::time::Duration::from_millis(500);
+
+/// Threads that wait for a vfork child, and go on waiting.
+fn vforks(found: &Members) -> Vec<Refusal> {
+    let waiting = |pid: Pid| {
+        let asleep = move |tid: &Tid| status::of_task(pid, *tid).is_ok_and(|s| s.state == 'D');
+        let tids = process::tasks(pid).unwrap_or_default().into_iter().filter(asleep);
+        tids.filter(move |tid| freeze::waits_for_vfork(pid, *tid)).map(move |tid| (pid, tid))
+    };
+    let parents =
+        || found.living.iter().filter(|(pid, _)| process::children(*pid).is_ok_and(|c| !c.is_empty()));
+    let mut all: Vec<(Pid, Tid)> = parents().flat_map(|(pid, _)| waiting(*pid)).collect();
+    let begin = std::time::Instant::now();
+    while !all.is_empty() && begin.elapsed() < VFORK {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        all.retain(|(pid, tid)| freeze::waits_for_vfork(*pid, *tid));
+    }
+    all.into_iter().map(|(pid, tid)| freeze::vfork(pid, tid)).collect()
+}
+
 fn look(root: Pid) -> Result<(Survey, Vec<(Pid, Vec<Mapping>)>)> {
     let mut found = members(root)?;
+    let vforks = vforks(&found);
     let mut collector = Collector::new(root, true);
     collector.members = found.living.iter().map(|(pid, _)| pid.0).collect();
     let mut tables = Vec::new();
@@ -154,7 +177,8 @@ fn look(root: Pid) -> Result<(Survey, Vec<(Pid, Vec<Mapping>)>)> {
         });
         maps.push((*pid, area.1));
     }
-    let Collector { refusals, losses, .. } = collector;
+    let Collector { mut refusals, losses, .. } = collector;
+    refusals.extend(vforks);
     Ok((Survey { processes, zombies: found.zombies, refusals, losses }, maps))
 }
 

@@ -46,10 +46,15 @@ pub fn getfd(pidfd: BorrowedFd<'_>, fd: i32) -> Result<OwnedFd> {
     owned(check(got, "pidfd_getfd", format!("fd {fd}"))?, "pidfd_getfd")
 }
 
-/// A descriptor for a process.
+/// A descriptor for a process, also by the number of another thread than its first (since 6.9).
 pub fn pidfd_open(pid: Pid) -> Result<OwnedFd> {
     // SAFETY: takes two numbers.
-    let got = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.0, 0) };
+    let mut got = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.0, 0) };
+    if got < 0 && matches!(Errno::last(), Errno::ENOENT | Errno::EINVAL) {
+        // PIDFD_THREAD, which is O_EXCL (linux/pidfd.h).
+        // SAFETY: as above.
+        got = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.0, libc::O_EXCL) };
+    }
     owned(check(got, "pidfd_open", pid)?, "pidfd_open")
 }
 

@@ -126,21 +126,17 @@ impl Lineage {
         lineage.nodes[0].born_in = lineage.outside_session.unwrap_or(0);
         // Those that need others in their session come after all that do not.
         let count = lineage.nodes.len();
-        while let Some(i) = lineage.next(count, |l, i| l.simple(i, &inherits).is_some() || l.shares(image, i))
-        {
-            let origin = match lineage.sharer(image, i)? {
-                Some(origin) => Some(origin),
-                None => lineage.simple(i, &inherits),
+        loop {
+            let easy = |l: &Self, i| l.simple(i, &inherits).is_some() || l.shares(image, i);
+            let (i, origin) = if let Some(i) = lineage.next(count, easy) {
+                (i, lineage.sharer(image, i)?.or_else(|| lineage.simple(i, &inherits)))
+            } else if let Some(i) = lineage.next(count, |_, _| true) {
+                (i, Some(lineage.through_session(image, i)?))
+            } else {
+                break;
             };
-            if let Some(origin) = origin {
-                lineage.set(i, origin);
-            }
-            if lineage.next(count, |l, i| l.simple(i, &inherits).is_some() || l.shares(image, i)).is_none()
-                && let Some(other) = lineage.next(count, |_, _| true)
-            {
-                let origin = lineage.through_session(image, other)?;
-                lineage.set(other, origin);
-            }
+            let Some(origin) = origin else { break };
+            lineage.set(i, origin);
         }
         if let Some(i) = (1..count).find(|i| lineage.nodes[*i].origin.is_none()) {
             return Err(unfit(image, &lineage.nodes[i], "its parent is not in the image".into()));

@@ -117,6 +117,21 @@ pub fn build(source: &Path) -> Outcome<PathBuf> {
     Ok(program)
 }
 
+/// Every process below `pid`, as far as it stands still.
+pub fn members(pid: i32) -> Vec<i32> {
+    let mut all = Vec::new();
+    let mut todo = vec![pid];
+    while let Some(pid) = todo.pop() {
+        for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+            let text = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+            let children: Vec<i32> = text.split_ascii_whitespace().filter_map(|c| c.parse().ok()).collect();
+            todo.extend(&children);
+            all.extend(children);
+        }
+    }
+    all
+}
+
 /// The victim program `name`.
 pub fn victim(name: &str) -> Outcome<PathBuf> {
     build(&workspace().join("tests/victims").join(format!("{name}.c")))
@@ -198,6 +213,8 @@ pub struct Victim {
     child: Option<Child>,
     alive: bool,
     images: u32,
+    /// Processes below it that the last dump has ended.
+    ended: Vec<i32>,
 }
 
 impl Victim {
@@ -221,7 +238,7 @@ impl Victim {
     /// A victim that does not run yet.
     pub fn prepare() -> Outcome<Victim> {
         let dir = tempfile::Builder::new().prefix("torpor-test-").tempdir().map_err(|e| e.to_string())?;
-        let victim = Victim { dir, pid: 0, child: None, alive: false, images: 0 };
+        let victim = Victim { dir, pid: 0, child: None, alive: false, images: 0, ended: Vec::new() };
         fs::create_dir(victim.home()).map_err(|e| e.to_string())?;
         // Victims may drop to another user.
         use std::os::unix::fs::PermissionsExt;
@@ -360,7 +377,12 @@ impl Victim {
 
     /// Dumps it, after which it is gone.
     pub fn dump(&mut self) -> Outcome<PathBuf> {
+        let before = members(self.pid);
         let image = self.dump_with(&[])?;
+        let manifest = torpor_image::Image::open(&image).map_err(|e| e.to_string())?.manifest;
+        let zombies = manifest.zombies.iter().map(|z| z.pid.0);
+        self.ended = manifest.tasks.iter().map(|p| p.0).chain(zombies).chain(before).collect();
+        self.ended.retain(|pid| *pid != self.pid);
         self.reap()?;
         Ok(image)
     }
@@ -377,7 +399,7 @@ impl Victim {
             if gone {
                 self.child = None;
                 self.alive = false;
-                return Ok(());
+                return self.reap_members(deadline);
             }
             ensure!(
                 Instant::now() < deadline,
@@ -387,6 +409,20 @@ impl Victim {
             );
             std::thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    /// Waits until nobody of the tree is left: they have become children of this process.
+    fn reap_members(&mut self, deadline: Instant) -> Outcome {
+        for pid in std::mem::take(&mut self.ended) {
+            // SAFETY: no status is asked for.
+            while unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::WNOHANG | libc::__WALL) } != pid
+                && Path::new(&format!("/proc/{pid}")).exists()
+            {
+                ensure!(Instant::now() < deadline, "pid {pid} is still there: {}", threads_of(pid));
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        Ok(())
     }
 
     /// Restores it in the background.
@@ -424,10 +460,28 @@ impl Victim {
         if !self.alive {
             return;
         }
-        // SAFETY: kill and waitpid take numbers; the process is an unreaped child of ours.
-        unsafe {
-            libc::kill(self.pid, libc::SIGKILL);
-            libc::waitpid(self.pid, std::ptr::null_mut(), 0);
+        // Children of a stopped process can be listed; below a dead one nobody is found any more.
+        let mut all = vec![self.pid];
+        let mut next = 0;
+        while next < all.len() {
+            // SAFETY: kill takes numbers; all are below an unreaped child of ours.
+            unsafe { libc::kill(all[next], libc::SIGSTOP) };
+            for pid in members(all[next]) {
+                if !all.contains(&pid) {
+                    all.push(pid);
+                }
+            }
+            next += 1;
+        }
+        for pid in &all {
+            // SAFETY: as above.
+            unsafe { libc::kill(*pid, libc::SIGKILL) };
+        }
+        for pid in &all {
+            // SAFETY: waitpid takes numbers; those that are not ours are somebody else's to collect.
+            unsafe {
+                libc::waitpid(*pid, std::ptr::null_mut(), if *pid == self.pid { 0 } else { libc::__WALL })
+            };
         }
         self.child = None;
         self.alive = false;

@@ -7,6 +7,7 @@ mod faults;
 mod golden;
 mod state;
 mod terminal;
+mod tree;
 
 use libtest_mimic::Arguments;
 
@@ -18,6 +19,7 @@ fn main() {
     let mut trials = state::trials();
     trials.extend(faults::trials());
     trials.extend(terminal::trials());
+    trials.extend(tree::trials());
     if !torpor_tests::is_root() {
         eprintln!("not root: tests that need it are ignored");
         trials = trials.into_iter().map(|t| t.with_ignored_flag(true)).collect();
