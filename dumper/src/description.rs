@@ -15,7 +15,10 @@ use torpor_kernel::ids::Pid;
 
 use crate::collect::Collector;
 use crate::error::{Error, Result};
-use crate::{epoll, eventfd, inet, inode, inotify, pipe, signalfd, terminal, timerfd, unix};
+use crate::{
+    epoll, eventfd, inet, inode, inotify, netlink, packet, pidfd, pipe, raw, signalfd, terminal, timerfd,
+    udp, unix,
+};
 
 /// fcntl commands libc has no names for (asm-generic/fcntl.h).
 const F_GETSIG: i32 = 11;
@@ -208,6 +211,7 @@ fn kind(
             Detail::Signalfd { mask } => Ok(Some(signalfd::collect(*mask))),
             Detail::Epoll(_) => Ok(Some(epoll::collect())),
             Detail::Inotify(watches) => inotify::collect(collector, found, watches),
+            Detail::Pidfd { pid, .. } => Ok(pidfd::collect(collector, found, *pid)),
             _ if class == b"inotify" => inotify::collect(collector, found, &[]),
             _ if class == b"[eventpoll]" => Ok(Some(epoll::collect())),
             _ => {
@@ -244,6 +248,18 @@ fn socket(collector: &mut Collector, found: &Found) -> Result<Option<Kind>> {
             Some(libc::SOCK_STREAM),
             Some(libc::IPPROTO_TCP),
         ) => inet::collect(collector, found, &fd, family),
+        (Some(family @ (libc::AF_INET | libc::AF_INET6)), Some(libc::SOCK_DGRAM), Some(protocol)) => {
+            udp::collect(collector, found, &fd, family, protocol)
+        }
+        (Some(family @ (libc::AF_INET | libc::AF_INET6)), Some(libc::SOCK_RAW), Some(protocol)) => {
+            raw::collect(collector, found, &fd, family, protocol)
+        }
+        (Some(libc::AF_NETLINK), Some(kind), Some(protocol)) => {
+            netlink::collect(collector, found, &fd, kind, protocol)
+        }
+        (Some(libc::AF_PACKET), Some(kind @ (libc::SOCK_RAW | libc::SOCK_DGRAM)), _) => {
+            packet::collect(collector, found, &fd, kind)
+        }
         (domain, kind, protocol) => {
             let what = crate::socket::name(domain, kind, protocol);
             collector.refuse(

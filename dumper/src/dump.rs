@@ -22,7 +22,7 @@ use crate::memory::{Copied, Space, Watch};
 use crate::restart::Restarts;
 use crate::stage::Stage;
 use crate::survey::{self, Survey};
-use crate::{description, inotify, memory, sharing, task, vma};
+use crate::{description, inotify, memory, netlink, sharing, task, vma};
 
 /// How often the freeze is put off for programs to take in what a dump would lose: 127 ms in all.
 const MOMENTS: u32 = 7;
@@ -163,7 +163,8 @@ impl Target {
             if stat::of_process(self.root).is_ok_and(|s| s.starttime != self.started) {
                 return Err(stopped.root().died("another process has its pid by now"));
             }
-            if moments < MOMENTS && stopped.processes.iter().any(|p| inotify::unread(p.living())) {
+            let unread = |p: &Stopped| inotify::unread(p.living()) || netlink::unread(p.living());
+            if moments < MOMENTS && stopped.processes.iter().any(unread) {
                 stopped.release();
                 std::thread::sleep(std::time::Duration::from_millis(1 << moments));
                 moments += 1;

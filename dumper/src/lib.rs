@@ -15,6 +15,7 @@
 //! ```
 //! There is no global state: two dumps may run at once in one process, each in a thread of its own.
 
+mod address;
 mod collect;
 mod credentials;
 mod description;
@@ -28,9 +29,16 @@ mod inet;
 mod inject;
 mod inode;
 mod inotify;
+mod ip;
+mod mark;
 mod memory;
+mod netlink;
+mod packet;
+mod peek;
+mod pidfd;
 mod pipe;
 mod priority;
+mod raw;
 mod restart;
 mod scheduling;
 mod sharing;
@@ -44,6 +52,7 @@ mod terminal;
 mod thread;
 mod timer;
 mod timerfd;
+mod udp;
 mod unix;
 mod vma;
 

@@ -2,7 +2,12 @@
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+use nix::errno::Errno;
+use torpor_image::Bytes;
 use torpor_image::socket::{SOCKET_OPTIONS, SocketOption};
+
+use crate::collect::Collector;
+use crate::description::Found;
 
 /// An int option.
 pub(crate) fn int_option(fd: &OwnedFd, level: i32, name: i32) -> Option<i32> {
@@ -65,9 +70,45 @@ pub(crate) fn filter_length(fd: &OwnedFd) -> u32 {
     match got {
         0 => len,
         // There is one, but of the extended kind, which cannot be read.
-        _ if nix::errno::Errno::last() == nix::errno::Errno::EACCES => 1,
+        _ if Errno::last() == Errno::EACCES => 1,
         _ => 0,
     }
+}
+
+/// The classic filter attached to a socket, instructions of eight bytes; `Err` for one of the extended kind,
+/// which cannot be read.
+pub(crate) fn filter(fd: &OwnedFd) -> Result<Option<Bytes>, Errno> {
+    let mut len: libc::socklen_t = 0;
+    let get = |place: *mut u8, len: &mut libc::socklen_t| {
+        // SAFETY: the length counts instructions of eight bytes; with zero nothing but itself is filled in
+        // (net/core/filter.c, `sk_get_filter`).
+        let got = unsafe {
+            libc::getsockopt(
+                fd.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_ATTACH_FILTER,
+                place.cast(),
+                &raw mut *len,
+            )
+        };
+        Errno::result(got)
+    };
+    match get(std::ptr::null_mut(), &mut len) {
+        Err(Errno::EACCES) => return Err(Errno::EACCES),
+        // Sockets without such an option have no filter.
+        Err(_) => return Ok(None),
+        Ok(_) if len == 0 => return Ok(None),
+        Ok(_) => {}
+    }
+    let mut filter = vec![0u8; len as usize * 8];
+    get(filter.as_mut_ptr(), &mut len)?;
+    Ok(Some(Bytes(filter)))
+}
+
+/// Refuses a filter that cannot be read.
+pub(crate) fn refuse_filter(collector: &mut Collector, found: &Found) {
+    let why = "an eBPF filter is attached to it, which cannot be read back";
+    collector.refuse(found.title(), why, "detach it before the dump (SO_DETACH_FILTER)");
 }
 
 /// "a UDP socket"

@@ -179,6 +179,21 @@ fn objects(image: &Image) -> Result<()> {
             Kind::Inet(inet) if !inet.options.iter().all(SocketOption::is_known) => {
                 return bad(format!("description {i} has an impossible socket option"));
             }
+            Kind::Udp(udp) if !udp.is_possible() => {
+                return bad(format!("description {i} is an impossible {}", udp.noun()));
+            }
+            Kind::Raw(raw) if !raw.is_possible() => {
+                return bad(format!("description {i} is an impossible raw socket"));
+            }
+            Kind::Netlink(netlink) if !netlink.is_possible() => {
+                return bad(format!("description {i} is an impossible netlink socket"));
+            }
+            Kind::Packet(packet) if !packet.is_possible() => {
+                return bad(format!("description {i} is an impossible packet socket"));
+            }
+            Kind::PidFd(pidfd) if pidfd.pid.is_some_and(|pid| !is_process(image, pid)) => {
+                return bad(format!("description {i} is a pidfd of a process that is not in the image"));
+            }
             Kind::Terminal(terminal) if !matches!(terminal.termios.len(), 0 | TERMIOS) => {
                 return bad(format!("description {i} has impossible terminal settings"));
             }
@@ -304,6 +319,12 @@ fn extents(image: &Image, file: &str, range: Extents, fits: impl Fn(&Record) -> 
 
 fn inode(image: &Image, file: &str, id: InodeId) -> Result<()> {
     known(file, "inode", id.0, image.objects.inodes.len())
+}
+
+/// Whether a pid is one of the image's processes, living or not.
+fn is_process(image: &Image, pid: Pid) -> bool {
+    let manifest = &image.manifest;
+    manifest.tasks.contains(&pid) || manifest.zombies.iter().any(|z| z.pid == pid)
 }
 
 fn pipe(image: &Image, id: PipeId) -> Result<()> {

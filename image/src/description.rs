@@ -8,10 +8,15 @@ use crate::inet::InetSocket;
 use crate::inode::Inode;
 use crate::inotify::Inotify;
 use crate::lock::Flock;
+use crate::netlink::NetlinkSocket;
+use crate::packet::PacketSocket;
+use crate::pidfd::PidFd;
 use crate::pipe::{Pipe, PipeEnd};
+use crate::raw::RawSocket;
 use crate::signalfd::SignalFd;
 use crate::terminal::Terminal;
 use crate::timerfd::TimerFd;
+use crate::udp::UdpSocket;
 use crate::unix::UnixSocket;
 use crate::{DescriptionId, InodeId};
 
@@ -66,6 +71,16 @@ pub enum Kind {
     Inet(InetSocket),
     /// A terminal.
     Terminal(Terminal),
+    /// A UDP, UDP-Lite or ping socket.
+    Udp(UdpSocket),
+    /// A raw socket.
+    Raw(RawSocket),
+    /// A netlink socket.
+    Netlink(NetlinkSocket),
+    /// A packet socket.
+    Packet(PacketSocket),
+    /// pidfd_open(2)
+    PidFd(PidFd),
 }
 
 /// fcntl(F_SETOWN_EX) and F_SETSIG
@@ -93,6 +108,11 @@ impl Kind {
             Kind::Unix(_) => "unix socket",
             Kind::Inet(_) => "tcp socket",
             Kind::Terminal(_) => "terminal",
+            Kind::Udp(socket) => socket.noun(),
+            Kind::Raw(_) => "raw socket",
+            Kind::Netlink(_) => "netlink socket",
+            Kind::Packet(_) => "packet socket",
+            Kind::PidFd(_) => "pidfd",
         }
     }
 }

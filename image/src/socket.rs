@@ -3,6 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use crate::Bytes;
+use crate::ip::IP_OPTIONS;
+use crate::netlink::NETLINK_OPTIONS;
+use crate::packet::PACKET_OPTIONS;
 
 /// One socket option, as getsockopt(2) gave it and setsockopt(2) takes it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +42,25 @@ pub const SOCKET_OPTIONS: &[i32] = &[
     36, // SO_MARK
     46, // SO_BUSY_POLL
     72, // SO_BUF_LOCK
+    5,  // SO_DONTROUTE
+    37, // SO_TIMESTAMPING_OLD
+    63, // SO_TIMESTAMP_NEW
+    64, // SO_TIMESTAMPNS_NEW
+    65, // SO_TIMESTAMPING_NEW
+    40, // SO_RXQ_OVFL
+    41, // SO_WIFI_STATUS
+    42, // SO_PEEK_OFF
+    43, // SO_NOFCS
+    44, // SO_LOCK_FILTER
+    45, // SO_SELECT_ERR_QUEUE
+    47, // SO_MAX_PACING_RATE
+    60, // SO_ZEROCOPY
+    61, // SO_TXTIME
+    69, // SO_PREFER_BUSY_POLL
+    70, // SO_BUSY_POLL_BUDGET
+    74, // SO_TXREHASH
+    75, // SO_RCVMARK
+    82, // SO_RCVPRIORITY
 ];
 /// The same of TCP, by level and name.
 pub const TCP_OPTIONS: &[(i32, i32)] = &[
@@ -73,6 +95,8 @@ impl SocketOption {
     pub fn is_known(&self) -> bool {
         self.value.len() <= 64
             && (self.level == SOL_SOCKET && SOCKET_OPTIONS.contains(&self.name)
-                || TCP_OPTIONS.contains(&(self.level, self.name)))
+                || [TCP_OPTIONS, IP_OPTIONS, NETLINK_OPTIONS, PACKET_OPTIONS]
+                    .iter()
+                    .any(|list| list.contains(&(self.level, self.name))))
     }
 }

@@ -356,3 +356,51 @@ pub(crate) struct inet_diag_msg {
     pub(crate) inode: u32,
 }
 const _: () = assert!(size_of::<inet_diag_msg>() == 72);
+
+/// All of packet_diag that is asked for: info, memberships, rings, fanout, memory.
+pub(crate) const PACKET_SHOW: u32 = 1 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4;
+/// include/uapi/linux/packet_diag.h: attributes of an answer.
+pub(crate) const PACKET_DIAG_INFO: u16 = 0;
+pub(crate) const PACKET_DIAG_MCLIST: u16 = 1;
+pub(crate) const PACKET_DIAG_RX_RING: u16 = 2;
+pub(crate) const PACKET_DIAG_TX_RING: u16 = 3;
+pub(crate) const PACKET_DIAG_FANOUT: u16 = 4;
+pub(crate) const PACKET_DIAG_MEMINFO: u16 = 6;
+
+/// include/uapi/linux/packet_diag.h
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub(crate) struct packet_diag_req {
+    pub(crate) family: u8,
+    pub(crate) protocol: u8,
+    pub(crate) pad: u16,
+    pub(crate) ino: u32,
+    pub(crate) show: u32,
+    pub(crate) cookie: [u32; 2],
+}
+const _: () = assert!(size_of::<packet_diag_req>() == 20);
+
+/// include/uapi/linux/packet_diag.h
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub(crate) struct packet_diag_msg {
+    pub(crate) family: u8,
+    pub(crate) kind: u8,
+    /// The protocol.
+    pub(crate) num: u16,
+    pub(crate) ino: u32,
+    pub(crate) cookie: [u32; 2],
+}
+const _: () = assert!(size_of::<packet_diag_msg>() == 16);
+
+/// include/uapi/linux/packet_diag.h
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub(crate) struct packet_diag_mclist {
+    pub(crate) index: u32,
+    pub(crate) count: u32,
+    pub(crate) kind: u16,
+    pub(crate) length: u16,
+    pub(crate) address: [u8; 32],
+}
+const _: () = assert!(size_of::<packet_diag_mclist>() == 44);

@@ -75,6 +75,53 @@ pub struct InetSocket {
     pub cookie: u64,
 }
 
+/// A packet socket.
+#[derive(Clone, Eq, PartialEq, Debug, Default)]
+pub struct PacketSocket {
+    /// Inode; what `socket:[N]` says.
+    pub inode: u32,
+    /// `SOCK_RAW`, `SOCK_DGRAM`, `SOCK_PACKET`.
+    pub kind: i32,
+    /// The protocol it receives, 0 for none.
+    pub protocol: u16,
+    /// Interface it is bound to, 0 for all.
+    pub interface: u32,
+    /// What it asks of interfaces.
+    pub memberships: Vec<PacketMembership>,
+    /// Whether it has a ring to receive by, and one to send by.
+    pub rings: (bool, bool),
+    /// `PACKET_FANOUT`: id, and type and flags above.
+    pub fanout: Option<u32>,
+    /// Memory of what waits to be received.
+    pub waiting: u32,
+}
+
+/// `PACKET_ADD_MEMBERSHIP`
+#[derive(Clone, Eq, PartialEq, Debug)]
+pub struct PacketMembership {
+    /// The interface.
+    pub interface: u32,
+    /// How often it was asked for.
+    pub count: u32,
+    /// `PACKET_MR_*`
+    pub kind: u16,
+    /// The address.
+    pub address: Vec<u8>,
+}
+
+/// All packet sockets of our network namespace.
+pub fn packet_sockets() -> Result<Vec<PacketSocket>> {
+    let request = abi::packet_diag_req {
+        family: libc::AF_PACKET as u8,
+        protocol: 0,
+        pad: 0,
+        ino: 0,
+        show: abi::PACKET_SHOW,
+        cookie: [0; 2],
+    };
+    dump("packet_diag", &request, parse_packet)
+}
+
 /// All unix sockets of our network namespace.
 pub fn unix_sockets() -> Result<Vec<UnixSocket>> {
     let request = abi::unix_diag_req {
@@ -125,6 +172,13 @@ unsafe impl Plain for abi::unix_diag_msg {}
 unsafe impl Plain for abi::inet_diag_req_v2 {}
 // SAFETY: as above.
 unsafe impl Plain for abi::inet_diag_msg {}
+
+// SAFETY: as above.
+unsafe impl Plain for abi::packet_diag_req {}
+// SAFETY: as above.
+unsafe impl Plain for abi::packet_diag_msg {}
+// SAFETY: as above.
+unsafe impl Plain for abi::packet_diag_mclist {}
 
 fn bytes_of<T: Plain>(value: &T) -> &[u8] {
     // SAFETY: `Plain` has no padding, so all bytes are initialized.
@@ -183,6 +237,41 @@ fn parse_unix(payload: &[u8]) -> Option<UnixSocket> {
             }
             abi::UNIX_DIAG_RQLEN => (socket.rqueue, socket.wqueue) = (word(value)?, word(value.get(4..)?)?),
             abi::UNIX_DIAG_SHUTDOWN => socket.shutdown = *value.first()?,
+            _ => {}
+        }
+    }
+    Some(socket)
+}
+
+fn parse_packet(payload: &[u8]) -> Option<PacketSocket> {
+    let (message, rest) = take::<abi::packet_diag_msg>(payload)?;
+    let mut socket = PacketSocket {
+        inode: message.ino,
+        kind: i32::from(message.kind),
+        protocol: message.num,
+        ..PacketSocket::default()
+    };
+    for (kind, value) in attributes(rest) {
+        match kind {
+            abi::PACKET_DIAG_INFO => socket.interface = word(value)?,
+            abi::PACKET_DIAG_MCLIST => {
+                let mut rest = value;
+                while !rest.is_empty() {
+                    let (entry, more) = take::<abi::packet_diag_mclist>(rest)?;
+                    rest = more;
+                    socket.memberships.push(PacketMembership {
+                        interface: entry.index,
+                        count: entry.count,
+                        kind: entry.kind,
+                        address: entry.address.get(..usize::from(entry.length))?.to_vec(),
+                    });
+                }
+            }
+            abi::PACKET_DIAG_RX_RING => socket.rings.0 = true,
+            abi::PACKET_DIAG_TX_RING => socket.rings.1 = true,
+            abi::PACKET_DIAG_FANOUT => socket.fanout = Some(word(value)?),
+            // SK_MEMINFO_RMEM_ALLOC comes first.
+            abi::PACKET_DIAG_MEMINFO => socket.waiting = word(value)?,
             _ => {}
         }
     }
@@ -374,12 +463,38 @@ mod tests {
     }
 
     #[test]
+    fn packet() {
+        // SAFETY: socket takes numbers only.
+        let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+        if fd < 0 {
+            eprintln!("skipped: no packet sockets");
+            return;
+        }
+        // SAFETY: a descriptor just opened, owned by nobody else.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        match packet_sockets() {
+            Err(error) if error.errno() == Some(Errno::ENOENT) => eprintln!("skipped: no packet_diag"),
+            all => {
+                let all = all.unwrap();
+                let socket = all.iter().find(|s| s.inode == inode(&fd)).unwrap();
+                assert_eq!((socket.kind, socket.protocol, socket.rings), (2, 0, (false, false)));
+                assert_eq!((socket.fanout, socket.memberships.len()), (None, 0));
+            }
+        }
+    }
+
+    #[test]
     fn odd_messages() {
         assert_eq!(parse_unix(&[0; 15]), None);
         assert_eq!(parse_inet(&[9; 72], 6), None);
         assert_eq!(attributes(&[3, 0, 0, 0]).count(), 0);
         assert_eq!(attributes(&[200, 0, 0, 0, 1]).count(), 0);
         assert_eq!(attributes(&[5, 0, 2, 0, 7]).collect::<Vec<_>>(), [(2, &[7][..])]);
+        assert_eq!(parse_packet(&[0; 15]), None);
+        // A membership whose address is longer than the place for it.
+        let mut list = [0u8; 44];
+        list[10] = 33;
+        assert_eq!(parse_packet(&[&[0; 16][..], &[48, 0, 1, 0], &list].concat()), None);
         // A peer attribute of two bytes.
         assert_eq!(parse_unix(&[&[0; 16][..], &[6, 0, 2, 0, 1, 1]].concat()), None);
     }

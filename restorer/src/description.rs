@@ -14,7 +14,9 @@ use torpor_parasite::script::{OpId, Script, Value};
 use crate::error::{Error, Result};
 use crate::open::Opener;
 use crate::plan::{Open, Planner};
-use crate::{eventfd, inet, inode, inotify, pipe, signalfd, terminal, timerfd, unix};
+use crate::{
+    eventfd, inet, inode, inotify, netlink, packet, pidfd, pipe, raw, signalfd, terminal, timerfd, udp, unix,
+};
 
 /// asm-generic/fcntl.h
 const F_SETSIG: i32 = 10;
@@ -50,6 +52,11 @@ pub(crate) fn plan(script: &mut Script, planner: &mut Planner<'_>, task: &Task) 
     wanted.sort_by_key(|id| (rank(&planner.image.objects.descriptions[id.0 as usize]), *id));
     wanted.dedup();
     for id in wanted {
+        if pidfd::is_inside(&planner.image.objects.descriptions[id.0 as usize]) {
+            let op = pidfd::plan(script, planner, task, id, spare);
+            numbers.aside.extend(op.map(|op| (id, op)));
+            continue;
+        }
         let slot = planner.open(Open::Description(id));
         let purpose = format!("{} {id}", planner.image.objects.descriptions[id.0 as usize].kind.noun());
         let args = [planner.descriptor(slot), libc::F_DUPFD_CLOEXEC.into(), spare.into()];
@@ -162,6 +169,11 @@ pub(crate) fn open(opener: &mut Opener<'_>, id: DescriptionId) -> Result<OwnedFd
         Kind::Unix(socket) => unix::open(opener, &what, socket)?,
         Kind::Inet(socket) => inet::open(&what, socket)?,
         Kind::Terminal(terminal) => terminal::open(opener, &what, id, terminal)?,
+        Kind::Udp(socket) => udp::open(&what, socket)?,
+        Kind::Raw(socket) => raw::open(&what, socket)?,
+        Kind::Netlink(socket) => netlink::open(&what, socket)?,
+        Kind::Packet(socket) => packet::open(&what, socket)?,
+        Kind::PidFd(_) => pidfd::of_nobody(&what)?,
     };
     if !matches!(description.kind, Kind::Terminal(_)) && description.flags & libc::O_PATH as u32 == 0 {
         settle(&what, &fd, description)?;

@@ -7,9 +7,14 @@ use torpor_kernel::{fds, process, sock_diag};
 
 /// The process that listens on an address, as "pid 901 (nginx)".
 pub(crate) fn of_port(address: SocketAddr) -> String {
+    of_address(address, libc::IPPROTO_TCP)
+}
+
+/// The process with a socket of `protocol` on an address.
+pub(crate) fn of_address(address: SocketAddr, protocol: i32) -> String {
     let sockets = [libc::AF_INET, libc::AF_INET6]
         .into_iter()
-        .flat_map(|family| sock_diag::inet_sockets(family, libc::IPPROTO_TCP).unwrap_or_default());
+        .flat_map(|family| sock_diag::inet_sockets(family, protocol).unwrap_or_default());
     let mut on_port =
         sockets.filter(|s| s.local.port() == address.port()).map(|s| s.inode).filter(|i| *i != 0);
     on_port.find_map(of_socket).unwrap_or_else(|| "another socket".to_owned())

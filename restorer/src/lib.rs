@@ -16,6 +16,7 @@
 //! ```
 //! There is no global state: two restores may run at once in one process, each in a thread of its own.
 
+mod address;
 mod arena;
 mod birth;
 mod credentials;
@@ -28,13 +29,18 @@ mod host;
 mod inet;
 mod inode;
 mod inotify;
+mod ip;
 mod lineage;
 mod lock;
 mod memory;
+mod netlink;
 mod open;
+mod packet;
+mod pidfd;
 mod pipe;
 mod plan;
 mod print;
+mod raw;
 mod run;
 mod scheduling;
 mod signal;
@@ -47,6 +53,7 @@ mod tests;
 mod thread;
 mod timer;
 mod timerfd;
+mod udp;
 mod unix;
 mod vma;
 

@@ -95,6 +95,10 @@ impl<'i> Opener<'i> {
                 Some(local) => format!("tcp socket {local}"),
                 None => "tcp socket".to_owned(),
             },
+            Kind::Udp(socket) => match socket.local {
+                Some(local) => format!("{} {local}", socket.noun()),
+                None => socket.noun().to_owned(),
+            },
             _ => kind.noun().to_owned(),
         };
         for task in &self.image.tasks {

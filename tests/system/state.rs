@@ -26,6 +26,7 @@ const PLAIN: &[(&str, &[&str], &str)] = &[
     ("locks", &[], "flock and POSIX locks"),
     ("unix", &[], "unix sockets"),
     ("tcp", &[], "listening tcp sockets"),
+    ("udp", &[], "udp sockets"),
     ("kitchen", &[], "a bit of everything"),
     ("crowd", &["1000", "sleep"], "a thousand sleeping threads"),
     ("crowd", &["100", "spin"], "a hundred spinning threads"),

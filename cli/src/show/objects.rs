@@ -81,6 +81,14 @@ fn what(image: &Image, description: &Description) -> String {
                 None => local,
             }
         }
+        Kind::Udp(udp) => udp.summary(),
+        Kind::Raw(raw) => raw.summary(),
+        Kind::Netlink(netlink) => netlink.summary(),
+        Kind::Packet(packet) => packet.summary(),
+        Kind::PidFd(pidfd) => match pidfd.pid {
+            Some(pid) => format!("of pid {pid}"),
+            None => "of a process that has ended".to_owned(),
+        },
         Kind::Terminal(terminal) => {
             let (rows, columns) = terminal.size;
             format!("{}, {columns} x {rows}", terminal.path)
