@@ -18,9 +18,7 @@ const MCAST_INCLUDE: u32 = 1;
 
 /// What a socket has before it is bound.
 pub(crate) fn before(what: &str, fd: &OwnedFd, settings: &IpSettings) -> Result<()> {
-    let options: Vec<SocketOption> =
-        settings.options.iter().filter(|o| !socket::is_filter_lock(o)).cloned().collect();
-    socket::set(what, fd, &options)?;
+    // Before SO_BINDTODEVICE, after which the kernel takes none but that device's master.
     for option in &settings.interfaces {
         let index = address::interface(what, &option.interface)?;
         // The unicast ones are in network order (net/ipv4/ip_sockglue.c).
@@ -29,7 +27,9 @@ pub(crate) fn before(what: &str, fd: &OwnedFd, settings: &IpSettings) -> Result<
             return Err(Error::last(what, "setsockopt(interface)"));
         }
     }
-    Ok(())
+    let options: Vec<SocketOption> =
+        settings.options.iter().filter(|o| !socket::is_filter_lock(o)).cloned().collect();
+    socket::set(what, fd, &options)
 }
 
 /// What it has once it is bound.
