@@ -1,5 +1,6 @@
 //! raw(7)
 
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
 use torpor_image::description::Kind;
@@ -7,7 +8,7 @@ use torpor_image::raw::RawSocket;
 
 use crate::collect::Collector;
 use crate::description::Found;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::{address, ip};
 
 pub(crate) fn collect(
@@ -22,17 +23,20 @@ pub(crate) fn collect(
     if !collector.live && ip::waiting(fd) > 0 {
         collector.lose(format!("{}: packets that were not read", found.title()));
     }
+    let all = torpor_kernel::raw::sockets().map_err(Error::kernel(collector.pid, "listing raw sockets"))?;
+    let number = found.stat.st_ino as u32;
+    let peer = all.into_iter().find(|s| s.inode == number).and_then(|s| s.peer);
     // What getsockname(2) calls the port is the protocol.
-    let bare = |mut address: std::net::SocketAddr| {
+    let bare = |mut address: SocketAddr| {
         address.set_port(0);
         address
     };
     Ok(Some(Kind::Raw(RawSocket {
-        number: found.stat.st_ino as u32,
+        number,
         family,
         protocol,
         local: address::local(fd).map(bare).filter(address::is_some),
-        peer: address::peer(fd).map(bare),
+        peer: peer.map(|ip| SocketAddr::new(ip, 0)),
         settings,
     })))
 }

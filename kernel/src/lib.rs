@@ -21,6 +21,7 @@ pub mod pagemap;
 pub mod probe;
 pub mod process;
 pub mod ptrace;
+pub mod raw;
 pub mod sock_diag;
 pub mod stat;
 pub mod status;
