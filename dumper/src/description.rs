@@ -16,8 +16,8 @@ use torpor_kernel::ids::Pid;
 use crate::collect::Collector;
 use crate::error::{Error, Result};
 use crate::{
-    epoll, eventfd, inet, inode, inotify, netlink, packet, pidfd, pipe, raw, signalfd, terminal, timerfd,
-    udp, unix,
+    anon, epoll, eventfd, inet, inode, inotify, netlink, packet, pidfd, pipe, raw, signalfd, terminal,
+    timerfd, udp, unix,
 };
 
 /// fcntl commands libc has no names for (asm-generic/fcntl.h).
@@ -215,9 +215,13 @@ fn kind(
             _ if class == b"inotify" => inotify::collect(collector, found, &[]),
             _ if class == b"[eventpoll]" => Ok(Some(epoll::collect())),
             _ => {
-                unsupported(collector, &format!("a descriptor of kind `{}`", String::from_utf8_lossy(class)))
+                anon::refuse(collector, found, class);
+                Ok(None)
             }
         };
+    }
+    if anon::refuse_pseudo(collector, found) {
+        return Ok(None);
     }
     match found.file_type() {
         SFlag::S_IFSOCK if found.link.starts_with(b"socket:[") => socket(collector, found),

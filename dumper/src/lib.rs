@@ -16,6 +16,7 @@
 //! There is no global state: two dumps may run at once in one process, each in a thread of its own.
 
 mod address;
+mod anon;
 mod collect;
 mod credentials;
 mod description;

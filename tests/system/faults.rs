@@ -47,6 +47,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         "a file that changed" => file_changed,
         "a directory that is gone" => directory_gone,
         "a port that is taken" => port_taken,
+        "a udp port that is taken" => udp_port_taken,
         "a socket path that is taken" => path_taken,
         "a pid that is taken" => pid_taken,
         "wrong usage" => usage,
@@ -437,13 +438,22 @@ fn directory_gone() -> Outcome {
 }
 
 fn port_taken() -> Outcome {
-    let mut victim = Victim::start("tcp", &[])?;
+    port_of("tcp", |port| Ok(Box::new(std::net::TcpListener::bind(("127.0.0.1", port))?)))
+}
+
+fn udp_port_taken() -> Outcome {
+    port_of("udp", |port| Ok(Box::new(std::net::UdpSocket::bind(("127.0.0.1", port))?)))
+}
+
+/// A victim tells its port, which somebody else has when it is restored.
+fn port_of(name: &str, take: impl Fn(u16) -> std::io::Result<Box<dyn std::any::Any>>) -> Outcome {
+    let mut victim = Victim::start(name, &[])?;
     let log = fs::read_to_string(victim.log()).map_err(|e| e.to_string())?;
     let port: u16 =
         log.lines().find_map(|l| l.strip_prefix("port ")).and_then(|p| p.parse().ok()).ok_or("no port")?;
     let image = victim.dump()?;
     conflict(&mut victim, &image, &port.to_string(), || {
-        let holder = std::net::TcpListener::bind(("127.0.0.1", port)).map_err(|e| e.to_string())?;
+        let holder = take(port).map_err(|e| e.to_string())?;
         Ok(Box::new(move || {
             drop(holder);
             Ok(())

@@ -5,6 +5,7 @@
 
 mod faults;
 mod golden;
+mod refusals;
 mod state;
 mod terminal;
 mod tree;
@@ -20,6 +21,7 @@ fn main() {
     trials.extend(faults::trials());
     trials.extend(terminal::trials());
     trials.extend(tree::trials());
+    trials.extend(refusals::trials());
     if !torpor_tests::is_root() {
         eprintln!("not root: tests that need it are ignored");
         trials = trials.into_iter().map(|t| t.with_ignored_flag(true)).collect();

@@ -33,6 +33,9 @@ fn main() {
             Ok(torture(&build(&shared)?)?)
         }));
     }
+    trials.push(Trial::test("killed dumps of sockets that are peeked at", || {
+        Ok(torture_with(&victim("udp")?, number("TORTURE_ROUNDS", 40) / 2 + 1)?)
+    }));
     trials.push(Trial::test("killed dumps of spinning threads", || {
         Ok(torture_with(&victim("registers")?, number("TORTURE_ROUNDS", 40) / 4 + 1)?)
     }));
