@@ -396,7 +396,9 @@ impl Victim {
                 // SAFETY: no status is asked for.
                 None => unsafe { libc::waitpid(self.pid, std::ptr::null_mut(), libc::WNOHANG) != 0 },
             };
-            if gone {
+            // Its children have become ours; what is left of them has its process group.
+            // SAFETY: no status is asked for.
+            if gone && unsafe { libc::waitpid(-self.pid, std::ptr::null_mut(), libc::WNOHANG) } < 0 {
                 self.child = None;
                 self.alive = false;
                 return self.reap_members(deadline);

@@ -30,6 +30,7 @@ const PLAIN: &[(&str, &[&str], &str)] = &[
     ("raw", &[], "raw, packet and ping sockets"),
     ("netlink", &[], "netlink sockets"),
     ("pidfd", &[], "pidfds"),
+    ("pidfd", &["family"], "pidfds of a family"),
     ("kitchen", &[], "a bit of everything"),
     ("crowd", &["1000", "sleep"], "a thousand sleeping threads"),
     ("crowd", &["100", "spin"], "a hundred spinning threads"),
