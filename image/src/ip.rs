@@ -131,7 +131,7 @@ pub fn is_interface(name: &Bytes) -> bool {
 
 /// Whether these bytes can be a classic filter.
 pub fn is_filter(filter: &Bytes) -> bool {
-    !filter.is_empty() && filter.len() % 8 == 0 && filter.len() / 8 <= MOST_INSTRUCTIONS
+    !filter.is_empty() && filter.len().is_multiple_of(8) && filter.len() / 8 <= MOST_INSTRUCTIONS
 }
 
 impl IpSettings {
