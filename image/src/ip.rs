@@ -150,3 +150,43 @@ impl IpSettings {
             && self.filter.as_ref().is_none_or(is_filter)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn membership(group: &str, source: &str) -> Membership {
+        Membership {
+            group: group.parse().unwrap(),
+            interface: Bytes::from(&b"lo"[..]),
+            include: true,
+            sources: vec![source.parse().unwrap()],
+        }
+    }
+
+    #[test]
+    fn what_no_socket_has_is_impossible() {
+        let good = IpSettings {
+            options: vec![SocketOption { level: 0, name: 1, value: vec![16, 0, 0, 0].into() }],
+            interfaces: vec![InterfaceOption { level: 0, name: 50, interface: b"lo"[..].into() }],
+            memberships: vec![membership("239.1.2.3", "192.0.2.7")],
+            filter: Some(vec![6, 0, 0, 0, 255, 255, 0, 0].into()),
+        };
+        assert!(good.is_possible());
+        let with = |change: &dyn Fn(&mut IpSettings)| {
+            let mut bad = good.clone();
+            change(&mut bad);
+            bad.is_possible()
+        };
+        assert!(!with(&|s| s.options[0].name = 17));
+        assert!(!with(&|s| s.options[0].value = vec![0; 65].into()));
+        assert!(!with(&|s| s.interfaces[0].name = 1));
+        assert!(!with(&|s| s.interfaces[0].interface = b"a-name-too-long-"[..].into()));
+        assert!(!with(&|s| s.interfaces[0].interface = b"l\0"[..].into()));
+        assert!(!with(&|s| s.memberships[0] = membership("192.0.2.1", "192.0.2.7")));
+        assert!(!with(&|s| s.memberships[0] = membership("239.1.2.3", "::1")));
+        assert!(!with(&|s| s.filter = Some(vec![0; 12].into())));
+        assert!(!with(&|s| s.filter = Some(vec![0; 8 * 4097].into())));
+        assert!(!with(&|s| s.filter = Some(Bytes::default())));
+    }
+}
