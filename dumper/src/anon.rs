@@ -4,9 +4,12 @@
 //! (io_uring/fdinfo.c), so a ring at rest cannot be told from one with a timeout or a read pending. Its positions
 //! count all requests there ever were, and a new ring begins at zero.
 
+use torpor_kernel::fdinfo::Detail;
+
 use crate::collect::{Collector, stat_path};
 use crate::description::Found;
 
+const WITHOUT_IO_URING: &str = "start the program without (UV_USE_IO_URING=0 for Node.js), or for all programs: sysctl kernel.io_uring_disabled=2";
 const CLOSE_IT: &str = "close it before the dump";
 
 /// The beginning of a class, what it is, and why it is refused, and a remedy.
@@ -14,7 +17,7 @@ const CLASSES: &[(&[u8], &str, &str)] = &[
     (
         b"[io_uring]",
         "an io_uring: the kernel does not tell which of its requests are under way",
-        "start the program without (UV_USE_IO_URING=0 for Node.js), or for all programs: sysctl kernel.io_uring_disabled=2",
+        WITHOUT_IO_URING,
     ),
     (
         b"[userfaultfd]",
@@ -60,6 +63,15 @@ const CLASSES: &[(&[u8], &str, &str)] = &[
 /// Refuses a descriptor of an anonymous inode.
 pub(crate) fn refuse(collector: &mut Collector, found: &Found, class: &[u8]) {
     let known = CLASSES.iter().find(|(begin, ..)| class.starts_with(begin));
+    if let Detail::IoUring(ring) = &found.info.detail {
+        let why = format!(
+            "an io_uring, with {} requests submitted, {} completions and {} polls under way: the kernel does not tell \
+             what else is under way",
+            ring.submitted, ring.completed, ring.polls
+        );
+        collector.refuse(found.title(), why, WITHOUT_IO_URING);
+        return;
+    }
     match known {
         Some((_, why, remedy)) => collector.refuse(found.title(), *why, remedy),
         None => {

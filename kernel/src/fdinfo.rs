@@ -84,11 +84,34 @@ pub enum Detail {
         /// How many descriptors wait in its receive queue.
         scm_fds: u32,
     },
+    /// io_uring_setup(2). Nothing is told while a call has the ring locked.
+    IoUring(IoUring),
     /// The master side of a pseudo terminal.
     Tty {
         /// Number of the slave: /dev/pts/N.
         index: u32,
     },
+}
+
+/// State of an io_uring (io_uring/fdinfo.c).
+#[derive(Copy, Clone, Eq, PartialEq, Debug, Default)]
+pub struct IoUring {
+    /// Entries of the submission queue, less one.
+    pub sq_mask: u32,
+    /// Entries of the completion queue, less one.
+    pub cq_mask: u32,
+    /// Requests that the kernel has taken, ever, modulo 2^32.
+    pub submitted: u32,
+    /// Completions that the kernel has written, ever, modulo 2^32. A request may have none or several.
+    pub completed: u32,
+    /// The thread that polls the submission queue, if there is one.
+    pub poller: Option<i32>,
+    /// How many files are registered.
+    pub files: u32,
+    /// How many buffers are registered.
+    pub buffers: u32,
+    /// How many requests wait for something by polling.
+    pub polls: u32,
 }
 
 /// State of a timerfd.
@@ -263,6 +286,11 @@ fn add(info: &mut FdInfo, line: &[u8]) -> Option<()> {
     if line.starts_with(b"fanotify ") {
         return fanotify_line(info, line);
     }
+    // `  op=6, task_works=0`, below `PollList:`
+    if line.starts_with(b"  op=") {
+        io_uring(info)?.polls += 1;
+        return Some(());
+    }
     let Some((key, value)) = key_value(line) else {
         info.unknown.push((line.to_vec(), Vec::new()));
         return Some(());
@@ -295,6 +323,13 @@ fn add(info: &mut FdInfo, line: &[u8]) -> Option<()> {
             _ => info.unknown.push((key.to_vec(), value.to_vec())),
         },
         b"scm_fds" => info.detail = Detail::Socket { scm_fds: number(value)? },
+        b"SqMask" => io_uring(info)?.sq_mask = hex32(value)?,
+        b"CqMask" => io_uring(info)?.cq_mask = hex32(value)?,
+        b"CachedSqHead" => io_uring(info)?.submitted = number(value)?,
+        b"CachedCqTail" => io_uring(info)?.completed = number(value)?,
+        b"SqThread" => io_uring(info)?.poller = Some(number(value)?).filter(|tid| *tid > 0),
+        b"UserFiles" => io_uring(info)?.files = number(value)?,
+        b"UserBufs" => io_uring(info)?.buffers = number(value)?,
         b"tty-index" => info.detail = Detail::Tty { index: number(value)? },
         _ => info.unknown.push((key.to_vec(), value.to_vec())),
     }
@@ -307,6 +342,16 @@ fn eventfd(info: &mut FdInfo) -> Option<(&mut u64, &mut Option<i32>, &mut Option
     }
     match &mut info.detail {
         Detail::Eventfd { count, semaphore, id } => Some((count, id, semaphore)),
+        _ => None,
+    }
+}
+
+fn io_uring(info: &mut FdInfo) -> Option<&mut IoUring> {
+    if !matches!(info.detail, Detail::IoUring(_)) {
+        info.detail = Detail::IoUring(IoUring::default());
+    }
+    match &mut info.detail {
+        Detail::IoUring(ring) => Some(ring),
         _ => None,
     }
 }

@@ -110,10 +110,33 @@ fn fanotify_marks() {
 
 #[test]
 fn unknown_lines_are_kept() {
-    let info = with("SqMask:\t0x3\nPollList:\n  op=1, task_works=0\n");
+    let info = with("iff:\ttun0\nno colon\n");
     assert_eq!(info.detail, Detail::Plain);
-    assert_eq!(info.unknown.len(), 3);
-    assert_eq!(info.unknown[0], (b"SqMask".to_vec(), b"0x3".to_vec()));
+    assert_eq!(info.unknown.len(), 2);
+    assert_eq!(info.unknown[0], (b"iff".to_vec(), b"tun0".to_vec()));
+}
+
+#[test]
+fn io_uring() {
+    // Linux 6.18: a request submitted and one not, a completion, a poll under way, a registered file.
+    let info = with(
+        "SqMask:\t0x7\nSqHead:\t9\nSqTail:\t10\nCachedSqHead:\t9\nCqMask:\t0xf\nCqHead:\t7\nCqTail:\t8\n\
+         CachedCqTail:\t8\nSQEs:\t1\n    1: opcode:NOP, fd:0, flags:0, off:0, addr:0x0, rw_flags:0x0, buf_index:0 user_data:7\n\
+         CQEs:\t1\n    7: user_data:7, res:0, flag:0\nSqThread:\t-1\nSqThreadCpu:\t-1\nSqTotalTime:\t0\nSqWorkTime:\t0\n\
+         UserFiles:\t1\n    0: socket:[4711]\nUserBufs:\t2\nPollList:\n  op=6, task_works=0\nCqOverflowList:\nNAPI:\tdisabled\n",
+    );
+    let ring = IoUring {
+        sq_mask: 7,
+        cq_mask: 15,
+        submitted: 9,
+        completed: 8,
+        poller: None,
+        files: 1,
+        buffers: 2,
+        polls: 1,
+    };
+    assert_eq!(info.detail, Detail::IoUring(ring));
+    assert!(matches!(with("SqThread:\t42\n").detail, Detail::IoUring(IoUring { poller: Some(42), .. })));
 }
 
 #[test]
@@ -128,6 +151,8 @@ fn odd_input_is_an_error() {
         b"inotify wd:1 ino:1 sdev:1 mask:1 ignored_mask:0 fhandle-bytes:8 fhandle-type:1 f_handle:1\n",
         b"fanotify flags:zz event-flags:0\n",
         b"eventfd-count: \xff\n",
+        b"SqMask:\t0xfffffffff\n",
+        b"CachedSqHead:\t-1\n",
     ] {
         assert!(parse(text).is_err(), "{}", text.escape_ascii());
     }
