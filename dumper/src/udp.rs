@@ -27,7 +27,7 @@ pub(crate) fn collect(
     family: i32,
     protocol: i32,
 ) -> Result<Option<Kind>> {
-    if sending(fd) {
+    if sending(fd, collector.live) {
         collector.refuse(
             found.title(),
             "data was written to it with MSG_MORE or UDP_CORK, or is still being sent; it cannot be read back",
@@ -77,12 +77,15 @@ pub(crate) fn collect(
     })))
 }
 
-/// Whether memory of the socket is in use for sending, and stays so.
-fn sending(fd: &OwnedFd) -> bool {
+/// Whether memory of the socket is in use for sending, and stays so: of a running program, which may send all
+/// the time, the same amount of it.
+fn sending(fd: &OwnedFd, live: bool) -> bool {
+    let mut first = None;
     for moment in 0..MOMENTS {
         let mut bytes = 0i32;
         // SAFETY: TIOCOUTQ, which is SIOCOUTQ, fills an int.
-        if unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) } != 0 || bytes == 0 {
+        let asked = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+        if asked != 0 || bytes == 0 || live && *first.get_or_insert(bytes) != bytes {
             return false;
         }
         std::thread::sleep(Duration::from_millis(1 << moment));

@@ -14,7 +14,7 @@ static void wants(int s, int group, int wanted) { unsigned bits[64] = {0}; sockl
 /* Asks for loopback and looks who is answered. */
 static void ask(int s) {
     static int seq; struct { struct nlmsghdr h; struct ifinfomsg i; } q = {{sizeof q, RTM_GETLINK, NLM_F_REQUEST, ++seq, 0}, {.ifi_index = if_nametoindex("lo")}}; static char buf[32768]; Nl k = {.nl_family = AF_NETLINK};
-    SAME(sendto(s, &q, sizeof q, 0, (void *)&k, sizeof k), sizeof q); struct nlmsghdr *h = (void *)buf; CHECK(recv(s, buf, sizeof buf, 0) > 0); SAME(h->nlmsg_type, RTM_NEWLINK); SAME(h->nlmsg_seq, seq); SAME(h->nlmsg_pid, name(s).nl_pid);
+    SAME(sendto(s, &q, sizeof q, 0, (void *)&k, sizeof k), sizeof q); struct nlmsghdr *h = (void *)buf; do CHECK(recv(s, buf, sizeof buf, 0) > 0); while (!h->nlmsg_seq); /* notices that others caused */ SAME(h->nlmsg_type, RTM_NEWLINK); SAME(h->nlmsg_seq, seq); SAME(h->nlmsg_pid, name(s).nl_pid);
 }
 int main(int argc, char **argv) {
     begin(argc, argv);
