@@ -2,6 +2,7 @@
 
 mod objects;
 mod process;
+mod tree;
 
 use std::fmt::Write as _;
 
@@ -27,6 +28,10 @@ pub(crate) fn run(args: &ShowArgs) -> anyhow::Result<Exit> {
 /// The image for people.
 fn text(image: &Image) -> Result<String, std::fmt::Error> {
     let mut out = head(image)?;
+    if image.tasks.len() > 1 || !image.manifest.zombies.is_empty() {
+        out.push_str("\ntree\n");
+        out.push_str(&tree::table(image));
+    }
     for task in &image.tasks {
         out.push('\n');
         process::write(&mut out, image, task)?;

@@ -77,7 +77,6 @@ impl Collector {
     }
 
     /// Whether a process belongs to the tree.
-    #[expect(dead_code, reason = "for kinds that name processes")]
     pub(crate) fn is_member(&self, pid: i32) -> bool {
         self.members.contains(&pid)
     }

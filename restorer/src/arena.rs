@@ -100,10 +100,19 @@ impl Arena {
 
     /// Sets a shared word to 1 and wakes those who wait for it.
     pub(crate) fn go(&self, word: u32) {
+        self.set(word, 1);
+    }
+
+    /// Sets a shared word so high that nobody waits for it any more.
+    pub(crate) fn release(&self, word: u32) {
+        self.set(word, u32::MAX / 2);
+    }
+
+    fn set(&self, word: u32, value: u32) {
         let address = (self.arena + 4 * u64::from(word)) as *mut u32;
         // SAFETY: an aligned word of the arena, used as an atomic by everybody.
         let atomic = unsafe { AtomicU32::from_ptr(address) };
-        atomic.store(1, Ordering::Release);
+        atomic.store(value, Ordering::Release);
         // SAFETY: FUTEX_WAKE only uses the address.
         unsafe { libc::syscall(libc::SYS_futex, address, libc::FUTEX_WAKE, i32::MAX) };
     }

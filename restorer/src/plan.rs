@@ -349,6 +349,7 @@ fn plan_task(
     }
     phase("memory", script);
 
+    // All that needs descriptors of ours, before one of those who share a table closes them.
     let mut script = Script::new();
     task::raise_descriptor_limit(&mut script, host);
     if shares.memory.is_none() {
@@ -357,6 +358,9 @@ fn plan_task(
     if shares.directories.is_none() {
         task::directories(&mut script, planner, task);
     }
+    phase("program", script);
+
+    let mut script = Script::new();
     if shares.descriptors.is_none() {
         let numbers = description::plan(&mut script, planner, task);
         epoll::plan(&mut script, image, index, &numbers);
@@ -404,7 +408,7 @@ fn plan_task(
         index,
         first_thread,
         phases,
-        threads_after: 2,
+        threads_after: 3,
         threads,
         stops: task::collect_stops(image, task),
         owns_memory: shares.memory.is_none(),

@@ -22,6 +22,8 @@ use crate::{inode, terminal};
 
 /// How often a plan is made anew when its place in our memory was taken meanwhile.
 const ATTEMPTS: u32 = 8;
+/// How long those may take to end that are not traced, when a restore fails.
+const LAST_ONES: Duration = Duration::from_secs(2);
 /// How long all processes may take to be born.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -49,8 +51,8 @@ struct Building<'i> {
     opener: Opener<'i>,
     /// Of each task the threads that are traced, the leader first.
     traced: Vec<Vec<Tid>>,
-    /// Every process that was made.
-    born: Vec<i32>,
+    /// Whether the root was made.
+    born: bool,
     done: bool,
     _bound_to_thread: PhantomData<*const ()>,
 }
@@ -66,7 +68,7 @@ pub fn prepare<'i>(
         image,
         opener: Opener::new(image, plan_.options.accept_changed, progress),
         traced: vec![Vec::new(); image.tasks.len()],
-        born: Vec::new(),
+        born: false,
         done: false,
         _bound_to_thread: PhantomData,
     };
@@ -128,9 +130,26 @@ impl Building<'_> {
         self.fill(plan, &layout, &mut arena, fds);
         let built = self.build_in(plan, &layout, &mut arena);
         if built.is_err() {
-            self.born = made(plan, &layout, &mut arena);
+            self.take_down(plan, &layout, &mut arena);
         }
         built
+    }
+
+    /// Ends all that was made. Those that are not traced yet wait for shared words: they find them set, go on to
+    /// the end of their scripts, notice that nobody traces them, and exit.
+    fn take_down(&mut self, plan: &Plan, layout: &Layout, arena: &mut Arena) {
+        self.kill_traced();
+        for word in [word::ROOT, word::THREADS, word::BORN, word::JOINED, word::TRACED] {
+            arena.release(word);
+        }
+        let deadline = Instant::now() + LAST_ONES;
+        let alive = |pid: &i32| {
+            torpor_kernel::status::of_process(Pid(*pid)).is_ok_and(|s| !matches!(s.state, 'Z' | 'X'))
+        };
+        // One that lives may make another.
+        while made(plan, layout, arena).iter().any(alive) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_micros(200));
+        }
     }
 
     fn build_in(&mut self, plan: &Plan, layout: &Layout, arena: &mut Arena) -> Result<()> {
@@ -178,7 +197,7 @@ impl Building<'_> {
             arena.context_address(0),
             plan.place.arena + layout.stacks,
         )?;
-        self.born.push(root.pid.0);
+        self.born = true;
         self.trace(0, root.pid.0)?;
         arena.go(word::ROOT);
         let tid = Tid(root.pid.0);
@@ -206,7 +225,6 @@ impl Building<'_> {
             let seat = Seat { tid: self.traced[task][0], context: task, task, script, placed };
             self.finish(seat, plan, arena)?;
         }
-        self.born = made(plan, layout, arena);
         self.check_relations(plan)
     }
 
@@ -642,14 +660,17 @@ fn made(plan: &Plan, layout: &Layout, arena: &mut Arena) -> Vec<i32> {
     all
 }
 
-impl Drop for Building<'_> {
-    fn drop(&mut self) {
-        if self.done || self.born.is_empty() {
+impl Building<'_> {
+    /// Ends everyone who is traced, and collects the root.
+    fn kill_traced(&mut self) {
+        if self.done || !std::mem::replace(&mut self.born, false) {
             return;
         }
-        for pid in &self.born {
-            // SAFETY: kill takes numbers only; what was made here and is traced nobody else can have reaped.
-            unsafe { libc::kill(*pid, libc::SIGKILL) };
+        let root = self.image.tasks[0].pid.0;
+        let traced = self.image.tasks.iter().zip(&self.traced).filter(|(_, t)| !t.is_empty());
+        for pid in traced.map(|(task, _)| task.pid.0).chain([root]) {
+            // SAFETY: kill takes numbers only; who is traced here, and the root, nobody else can have reaped.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
         }
         for tid in self.traced.iter().rev().flat_map(|t| t.iter().rev()) {
             while let Ok(stop) = ptrace::wait(*tid) {
@@ -659,6 +680,13 @@ impl Drop for Building<'_> {
             }
         }
         // Never traced, if that failed; else there is nothing left to wait for.
-        let _reaped = ptrace::wait(Tid(self.born[0]));
+        let _reaped = ptrace::wait(Tid(root));
+        self.traced.iter_mut().for_each(Vec::clear);
+    }
+}
+
+impl Drop for Building<'_> {
+    fn drop(&mut self) {
+        self.kill_traced();
     }
 }

@@ -111,8 +111,11 @@ fn taken() -> Outcome {
         libc::kill(last, libc::SIGKILL);
         libc::waitpid(last, std::ptr::null_mut(), 0);
     }
-    // What was made for the restore has become a child of ours.
-    for pid in &pids {
+    // What was made for the restore has become a child of ours, stand-ins for leaders too.
+    let opened = Image::open(&image).map_err(|e| e.to_string())?;
+    let ids = opened.tasks.iter().flat_map(|t| [t.pid, t.sid, t.pgid]);
+    let zombies = opened.manifest.zombies.iter().map(|z| z.pid);
+    for pid in &ids.chain(zombies).map(|p| p.0).collect::<std::collections::BTreeSet<_>>() {
         for _ in 0..1000 {
             // SAFETY: as above.
             unsafe { libc::waitpid(*pid, std::ptr::null_mut(), libc::WNOHANG | libc::__WALL) };
