@@ -39,6 +39,11 @@ const CASES: &[(&str, Kind, usize, usize)] = &[
     ("100 spinning threads", Kind::Spinning, 100, 64 << 20),
     ("10,000 areas", Kind::Areas, 10_000, 256 << 20),
     ("2,000 descriptors", Kind::Descriptors, 2000, 64 << 20),
+    ("50 processes of 4 MiB", Kind::Processes, 50, 1 << 30),
+    ("200 processes of 4 MiB", Kind::Processes, 200, 3 << 30),
+    ("1,000 processes of 4 MiB", Kind::Processes, 1000, 12 << 30),
+    ("50 processes, 10,000 descriptors", Kind::Tables, 50, 256 << 20),
+    ("1,000 TCP connections", Kind::Connections, 1000, 256 << 20),
 ];
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {

@@ -42,9 +42,12 @@ impl Tool {
         let mut victim = start(kind, size, dir)?;
         let pid = victim.id() as i32;
         let result = self.cycle(&mut victim, pid, &image);
-        // SAFETY: kill takes numbers only; the pid is of a process this run started.
-        unsafe { libc::kill(pid, libc::SIGKILL) };
+        for member in session(pid).into_iter().chain([pid]) {
+            // SAFETY: kill takes numbers only; the session is one this run started.
+            unsafe { libc::kill(member, libc::SIGKILL) };
+        }
         reap(pid);
+        reap_session(pid);
         result
     }
 
@@ -62,7 +65,7 @@ impl Tool {
                 (sample.freezing, sample.frozen) = (time("freezing"), time("frozen"));
             }
             Tool::Criu(path) => {
-                let args = ["dump", "-v0", "-o", "dump.log", "-t", &id, "-D"];
+                let args = ["dump", "-v0", "-o", "dump.log", "--tcp-established", "-t", &id, "-D"];
                 run(Command::new(path).args(args).arg(image))?;
                 sample.dump = ms(begin.elapsed());
                 let times = stats(&fs::read(image.join("stats-dump"))?).context("stats-dump")?;
@@ -70,11 +73,13 @@ impl Tool {
             }
         }
         victim.wait()?;
+        reap_session(pid);
         let begin = Instant::now();
         match self {
             Tool::Torpor(path) => run(Command::new(path).args(["restore", "--detach"]).arg(image))?,
             Tool::Criu(path) => {
-                run(Command::new(path).args(["restore", "-v0", "-o", "restore.log", "-d", "-D"]).arg(image))?;
+                let args = ["restore", "-v0", "-o", "restore.log", "-d", "--tcp-established", "-D"];
+                run(Command::new(path).args(args).arg(image))?;
             }
         }
         sample.restore = ms(begin.elapsed());
@@ -134,6 +139,21 @@ fn run(command: &mut Command) -> anyhow::Result<()> {
         bail!("{command:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
     }
     Ok(())
+}
+
+/// Every process of a session.
+fn session(sid: i32) -> Vec<i32> {
+    let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = pids.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+    // SAFETY: getsid takes a number.
+    pids.filter(|pid| unsafe { libc::getsid(*pid) } == sid).collect()
+}
+
+/// Waits for all of a dead session's members: this process is a subreaper.
+fn reap_session(sid: i32) {
+    for pid in session(sid) {
+        reap(pid);
+    }
 }
 
 /// Waits for a process that became our child when its parent went: this process is a subreaper.

@@ -23,6 +23,12 @@ pub(crate) enum Kind {
     Areas,
     /// `size` descriptors, files and pipes.
     Descriptors,
+    /// A process with `size - 1` children, each with 4 MiB of its own.
+    Processes,
+    /// The same without memory, each with 200 descriptors: files of its own, and pipes it has from its parent.
+    Tables,
+    /// `size` TCP connections between two processes, some with data on the way.
+    Connections,
 }
 
 #[derive(clap::Args)]
@@ -42,6 +48,12 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Kind::Spinning => threads(size, std::hint::spin_loop)?,
         Kind::Areas => areas(size)?,
         Kind::Descriptors => descriptors(size)?,
+        Kind::Processes => children(size, || memory(4 << 20, libc::MADV_NOHUGEPAGE))?,
+        Kind::Tables => {
+            descriptors(100)?;
+            children(size, || descriptors(100))?;
+        }
+        Kind::Connections => connections(size)?,
     }
     File::create(&arguments.ready).context("cannot say that everything is there")?;
     loop {
@@ -104,6 +116,69 @@ fn descriptors(count: usize) -> anyhow::Result<()> {
         // SAFETY: pipe fills two ints.
         anyhow::ensure!(unsafe { libc::pipe(ends.as_mut_ptr()) } == 0, "no more pipes");
     }
+    Ok(())
+}
+
+/// Makes `size - 1` children; every one of the processes does `work` for itself.
+fn children(size: usize, work: fn() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let mut ready = [0i32; 2];
+    // SAFETY: pipe fills two ints.
+    anyhow::ensure!(unsafe { libc::pipe(ready.as_mut_ptr()) } == 0, "no pipe");
+    for _ in 1..size {
+        // SAFETY: this process has one thread.
+        if unsafe { libc::fork() } == 0 {
+            let done = work().is_ok();
+            // SAFETY: one byte of ours goes into the pipe.
+            unsafe { libc::write(ready[1], [u8::from(done)].as_ptr().cast(), 1) };
+            loop {
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        }
+    }
+    work()?;
+    for _ in 1..size {
+        let mut done = [0u8];
+        // SAFETY: one byte of ours is filled.
+        let got = unsafe { libc::read(ready[0], done.as_mut_ptr().cast(), 1) };
+        anyhow::ensure!(got == 1 && done[0] == 1, "a child has failed");
+    }
+    Ok(())
+}
+
+fn connections(count: usize) -> anyhow::Result<()> {
+    use std::io::Write;
+    // SAFETY: takes numbers only.
+    unsafe {
+        let most = libc::rlimit { rlim_cur: 8192, rlim_max: 8192 };
+        libc::setrlimit(libc::RLIMIT_NOFILE, &raw const most);
+    }
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let address = listener.local_addr()?;
+    let mut ready = [0i32; 2];
+    // SAFETY: pipe fills two ints; this process has one thread.
+    let child = unsafe {
+        anyhow::ensure!(libc::pipe(ready.as_mut_ptr()) == 0, "no pipe");
+        libc::fork()
+    };
+    if child == 0 {
+        let mut all = Vec::new();
+        for _ in 0..count {
+            let mut stream = std::net::TcpStream::connect(address)?;
+            if all.len() % 10 == 0 {
+                stream.write_all(&[7; 1000])?;
+            }
+            all.push(stream);
+        }
+        loop {
+            std::thread::sleep(Duration::from_secs(1));
+        }
+    }
+    let mut all = Vec::new();
+    for _ in 0..count {
+        all.push(listener.accept()?.0);
+    }
+    std::mem::forget((all, listener));
+    std::thread::sleep(Duration::from_millis(200));
     Ok(())
 }
 
