@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::sys::stat::SFlag;
 use torpor_image::description::{Description, Kind, Owner};
-use torpor_image::lock::{Flock, PosixLock};
+use torpor_image::lock::{Flock, OfdLock, PosixLock};
 use torpor_image::task::Descriptor;
 use torpor_image::{Bytes, DescriptionId};
 use torpor_kernel::fdinfo::{Detail, FdInfo, LockKind};
@@ -179,7 +179,7 @@ fn describe(
 ) -> Result<Option<DescriptionId>> {
     let Some(kind) = kind(collector, ends, found)? else { return Ok(None) };
     let id = DescriptionId(collector.objects.descriptions.len() as u32);
-    let flock = flock(collector, found);
+    let (flock, ofd_locks) = locks(collector, found);
     let asks = !collector.live && found.info.flags & libc::O_PATH as u32 == 0;
     let owner = if asks { owner(collector, found)? } else { None };
     collector.objects.descriptions.push(Description {
@@ -188,6 +188,7 @@ fn describe(
         position: found.info.pos,
         owner,
         flock,
+        ofd_locks,
         kind,
     });
     Ok(Some(id))
@@ -276,25 +277,22 @@ fn socket(collector: &mut Collector, found: &Found) -> Result<Option<Kind>> {
     }
 }
 
-fn flock(collector: &mut Collector, found: &Found) -> Option<Flock> {
-    let mut held = None;
+/// Locks of the description itself.
+fn locks(collector: &mut Collector, found: &Found) -> (Option<Flock>, Vec<OfdLock>) {
+    let (mut held, mut parts) = (None, Vec::new());
     for lock in &found.info.locks {
         match lock.kind {
             LockKind::Flock => held = Some(Flock::Whole { exclusive: lock.write }),
             LockKind::Posix => {}
             LockKind::Ofd => {
-                collector.refuse(
-                    found.title(),
-                    "an open-file-description lock cannot be dumped yet",
-                    "unlock it",
-                );
+                parts.push(OfdLock { exclusive: lock.write, start: lock.start, end: lock.end });
             }
             LockKind::Lease => {
                 collector.refuse(found.title(), "a lease cannot be dumped yet", "give it up (F_UNLCK)");
             }
         }
     }
-    held
+    (held, parts)
 }
 
 /// POSIX locks show in the fdinfo of every descriptor of the process on that file.

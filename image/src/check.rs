@@ -165,6 +165,9 @@ fn objects(image: &Image) -> Result<()> {
         if description.id.0 as usize != i {
             return bad(format!("description {i} is numbered {}", description.id));
         }
+        if description.ofd_locks.iter().any(|l| l.end.is_some_and(|end| end < l.start || end == u64::MAX)) {
+            return bad(format!("description {i} has a lock that ends before it begins"));
+        }
         match &description.kind {
             Kind::File(id) => inode(image, "objects.tpr", *id)?,
             Kind::Pipe(end) => pipe(image, end.pipe)?,

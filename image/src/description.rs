@@ -7,7 +7,7 @@ use crate::eventfd::EventFd;
 use crate::inet::InetSocket;
 use crate::inode::Inode;
 use crate::inotify::Inotify;
-use crate::lock::Flock;
+use crate::lock::{Flock, OfdLock};
 use crate::netlink::NetlinkSocket;
 use crate::packet::PacketSocket;
 use crate::pidfd::PidFd;
@@ -42,8 +42,11 @@ pub struct Description {
     pub position: u64,
     /// Who gets SIGIO.
     pub owner: Option<Owner>,
-    /// The flock(2) or open-file-description lock it holds.
+    /// The flock(2) it holds.
     pub flock: Option<Flock>,
+    /// Its locks on parts of the file.
+    #[serde(default)]
+    pub ofd_locks: Vec<OfdLock>,
     /// What it is open on.
     pub kind: Kind,
 }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::InodeId;
 
-/// A lock that belongs to an open file description.
+/// A lock on all of a file that belongs to an open file description.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Flock {
     /// flock(2)
@@ -12,6 +12,17 @@ pub enum Flock {
         /// `LOCK_EX` or `LOCK_SH`.
         exclusive: bool,
     },
+}
+
+/// A lock on a part of a file that belongs to an open file description (fcntl(F_OFD_SETLK)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfdLock {
+    /// `F_WRLCK` or `F_RDLCK`.
+    pub exclusive: bool,
+    /// First byte.
+    pub start: u64,
+    /// Last byte; `None` for the end of the file, wherever it may be.
+    pub end: Option<u64>,
 }
 
 /// A lock that belongs to a process (fcntl(F_SETLK)).

@@ -15,7 +15,8 @@ use crate::error::{Error, Result};
 use crate::open::Opener;
 use crate::plan::{Open, Planner};
 use crate::{
-    eventfd, inet, inode, inotify, netlink, packet, pidfd, pipe, raw, signalfd, terminal, timerfd, udp, unix,
+    eventfd, inet, inode, inotify, lock, netlink, packet, pidfd, pipe, raw, signalfd, terminal, timerfd, udp,
+    unix,
 };
 
 /// asm-generic/fcntl.h
@@ -213,6 +214,20 @@ fn settle(what: &str, fd: &OwnedFd, description: &Description) -> Result<()> {
                     remedy: "stop that process (`lslocks` names it)".into(),
                 },
                 errno => Error::Open { what: what.to_owned(), call: "flock", errno },
+            });
+        }
+    }
+    for part in &description.ofd_locks {
+        let flock = lock::flock(part.exclusive, part.start, part.end);
+        // SAFETY: F_OFD_SETLK reads a struct flock.
+        if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, flock.as_ptr()) } != 0 {
+            return Err(match nix::errno::Errno::last() {
+                nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES => Error::Conflict {
+                    what: what.to_owned(),
+                    why: format!("its lock from byte {} on is held by another process", part.start),
+                    remedy: "stop that process (`lslocks` names it)".into(),
+                },
+                errno => Error::Open { what: what.to_owned(), call: "fcntl(F_OFD_SETLK)", errno },
             });
         }
     }

@@ -180,6 +180,7 @@ impl Parts {
             position: 0,
             owner: None,
             flock: None,
+            ofd_locks: Vec::new(),
             kind,
         });
         id

@@ -157,6 +157,11 @@ fn locks(
         {
             table.row([fd.to_string(), "flock".into(), kind(exclusive).into(), "all".into()]);
         }
+        for (lock, fd) in description.ofd_locks.iter().zip(first.get(&description.id).into_iter().cycle()) {
+            let end = lock.end.map_or_else(|| "end".to_owned(), |end| end.to_string());
+            let range = format!("{} to {end}", lock.start);
+            table.row([fd.to_string(), "ofd".into(), kind(lock.exclusive).into(), range]);
+        }
     }
     for lock in &task.locks {
         let end = lock.end.map_or_else(|| "end".to_owned(), |end| end.to_string());
