@@ -73,6 +73,21 @@ pub struct DumpArgs {
     /// Without it a power failure in the next seconds may take the image along.
     #[arg(long)]
     pub fsync: bool,
+    /// Rules for files: which of them the image brings along
+    ///
+    /// Lines `keep GLOB` (the file must be there at the restore, as large as it was), `save GLOB` (its contents go
+    /// into the image; it is made again when it is missing, and put back when it differs) and `truncate GLOB` (what it
+    /// grew since the dump is cut off). The last one that fits a path decides; `#` begins a comment. Globs fit whole
+    /// absolute paths: `*` and `?` no slash, `**` anything, `[a-z]` one character. Without a rule, files on tmpfs that
+    /// the program writes to are saved, and of small or shared ones that it made itself a spare copy is taken.
+    #[arg(long, value_name = "RULES")]
+    pub files: Option<PathBuf>,
+    /// Like a rule `save GLOB`, after those of --files; may be repeated
+    #[arg(long, value_name = "GLOB")]
+    pub save_files: Vec<String>,
+    /// Like a rule `truncate GLOB`, after those of --files; may be repeated
+    #[arg(long, value_name = "GLOB")]
+    pub truncate_files: Vec<String>,
     /// Print nothing but errors
     #[arg(short, long)]
     pub quiet: bool,
@@ -90,6 +105,8 @@ const DUMP_EXAMPLES: &str = "\
 Examples:
   torpor dump 4711 image                    write it and end it
   torpor dump --leave-running 4711 backup   a backup of a running service
+  torpor dump --truncate-files '/var/log/**' 4711 image
+                                            logs are cut back to where they were
   torpor dump --json 4711 image | jq .bytes";
 
 /// Wake up a process from its image

@@ -14,6 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, mkdtemp};
 use serde::Serialize;
+use torpor_dumper::Rules;
 use torpor_image::Image;
 
 use crate::args::DemoArgs;
@@ -66,7 +67,7 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<Exit> {
          $ torpor dump {pid} {}\n\n",
         dir.display()
     ))?;
-    let summary = dump(pid, &dir, Afterwards::Ended, false)?;
+    let summary = dump(pid, &dir, Afterwards::Ended, false, Rules::default())?;
     counter.bury()?;
     let image = Image::open(&dir)?;
     say(&indented(&show::head(&image)?))?;

@@ -5,11 +5,11 @@ use std::path::Path;
 use anyhow::Context;
 use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
-use torpor_dumper::{Destination, Options, Target};
+use torpor_dumper::{Destination, Options, Rule, Rules, Target};
 use torpor_image::manifest::Times;
 
 use crate::args::DumpArgs;
-use crate::exit::Exit;
+use crate::exit::{Exit, Failure};
 use crate::progress::Progress;
 use crate::{output, verify};
 
@@ -45,7 +45,8 @@ pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
         (_, true) => Afterwards::Stopped,
         _ => Afterwards::Ended,
     };
-    let summary = dump(args.pid, &args.dir, afterwards, args.fsync)?;
+    let rules = rules(args)?;
+    let summary = dump(args.pid, &args.dir, afterwards, args.fsync, rules)?;
     if !args.quiet {
         for lost in &summary.not_captured {
             output::note(&format!("not in the image: {lost}"));
@@ -59,8 +60,34 @@ pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
     Ok(Exit::Ok)
 }
 
+/// The rules for files: those of the file first, so that the others go before them.
+fn rules(args: &DumpArgs) -> anyhow::Result<Rules> {
+    let usage = |what: String| Failure::new(Exit::Usage, what);
+    let mut rules = Rules::default();
+    if let Some(path) = &args.files {
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| usage(format!("cannot read the rules in `{}`: {e}", path.display())))?;
+        rules
+            .parse(&text)
+            .map_err(|e| usage(format!("cannot take the rules in `{}`: {e}", path.display())))?;
+    }
+    let flags = [("save", Rule::Save, &args.save_files), ("truncate", Rule::Truncate, &args.truncate_files)];
+    for (name, rule, globs) in flags {
+        for glob in globs {
+            rules.add(rule, glob).map_err(|e| usage(format!("cannot take --{name}-files: {e}")))?;
+        }
+    }
+    Ok(rules)
+}
+
 /// Dumps `pid` into `dir`. When this fails the process goes on as before.
-pub(crate) fn dump(pid: i32, dir: &Path, afterwards: Afterwards, fsync: bool) -> anyhow::Result<Summary> {
+pub(crate) fn dump(
+    pid: i32,
+    dir: &Path,
+    afterwards: Afterwards,
+    fsync: bool,
+    rules: Rules,
+) -> anyhow::Result<Summary> {
     let target = Target::find(pid)?;
     let destination = Destination::create(dir, fsync)?;
     let survey = target.survey();
@@ -70,6 +97,7 @@ pub(crate) fn dump(pid: i32, dir: &Path, afterwards: Afterwards, fsync: bool) ->
     // A process left stopped may be let go at any time.
     options.runs_on = afterwards != Afterwards::Ended;
     options.progress = Some(&add);
+    options.files = rules;
 
     let held = Held::begin();
     let cancel = Held::wants_end;

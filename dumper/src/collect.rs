@@ -12,6 +12,7 @@ use torpor_image::description::Objects;
 use torpor_image::extent::Extents;
 use torpor_image::inode::{Inode, Source};
 use torpor_image::pipe::Pipe;
+use torpor_image::rules::Rule;
 use torpor_image::{Bytes, InodeId, PipeId};
 use torpor_kernel::fds;
 use torpor_kernel::ids::Pid;
@@ -19,6 +20,7 @@ use torpor_kernel::sock_diag::{InetSocket, UnixSocket};
 
 use crate::error::{Error, Refusal, Result};
 use crate::freeze;
+use crate::scratch::Files;
 
 /// Where the bytes of an inode that goes into the image come from.
 #[derive(Debug)]
@@ -42,6 +44,8 @@ pub(crate) struct Collector {
     pub(crate) refusals: Vec<Refusal>,
     pub(crate) losses: Vec<String>,
     pub(crate) contents: Vec<(InodeId, Content)>,
+    /// How files with a name are used.
+    pub(crate) files: Files,
     /// Inode numbers of the sockets that members have descriptors for.
     pub(crate) sockets: HashSet<u32>,
     pidfds: HashMap<Pid, OwnedFd>,
@@ -64,6 +68,7 @@ impl Collector {
             refusals: Vec::new(),
             losses: Vec::new(),
             contents: Vec::new(),
+            files: Files::default(),
             inodes: HashMap::new(),
             pipes: HashMap::new(),
             unix: None,
@@ -135,6 +140,8 @@ impl Collector {
             gid: stat.st_gid,
             size: stat.st_size as u64,
             modified: stat.st_mtime * 1_000_000_000 + stat.st_mtime_nsec,
+            rule: Rule::default(),
+            saved: Extents::default(),
         });
         id
     }
@@ -145,7 +152,8 @@ impl Collector {
             Source::Deleted { content, .. }
             | Source::Memfd { content, .. }
             | Source::SharedMemory { content } => *content = extents,
-            Source::Path { .. } => {}
+            Source::Process { .. } => {}
+            Source::Path { .. } => self.objects.inodes[id.0 as usize].saved = extents,
         }
     }
 

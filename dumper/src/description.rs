@@ -76,6 +76,11 @@ pub(crate) fn look(pid: Pid) -> Result<Vec<Found>> {
     Ok(all)
 }
 
+/// Whether an error says that a descriptor is there no more, or its process.
+fn closed(error: &torpor_kernel::Error) -> bool {
+    error.is_gone() || error.errno() == Some(nix::errno::Errno::EBADF)
+}
+
 fn look_at(pid: Pid, fd: i32) -> torpor_kernel::Result<Found> {
     Ok(Found {
         pid,
@@ -110,7 +115,11 @@ pub(crate) fn collect(collector: &mut Collector, all: Vec<Vec<Found>>) -> Result
                 Some(id) => *id,
                 None => {
                     collector.turn_to(all[first].pid);
-                    let id = describe(collector, &ends, &all[first])?;
+                    let id = match describe(collector, &ends, &all[first]) {
+                        // Closed while it was being looked at.
+                        Err(Error::Kernel { source, .. }) if collector.live && closed(&source) => None,
+                        id => id?,
+                    };
                     if let (Some(id), Detail::Epoll(_)) = (id, &all[first].info.detail) {
                         sets.push((id, first));
                     }

@@ -20,9 +20,11 @@ use crate::freeze::{Frozen as Stopped, FrozenTree};
 use crate::gadget::{self, Gadgets, Known};
 use crate::memory::{Copied, Space, Watch};
 use crate::restart::Restarts;
+use crate::rules::Rules;
+use crate::scratch::{self, Files};
 use crate::stage::Stage;
 use crate::survey::{self, Survey};
-use crate::{description, inotify, memory, netlink, sharing, task, vma};
+use crate::{description, inode, inotify, memory, netlink, sharing, task, vma};
 
 /// How often the freeze is put off for programs to take in what a dump would lose: 127 ms in all.
 const MOMENTS: u32 = 7;
@@ -46,6 +48,8 @@ pub struct Options<'a> {
     /// The process will run on after the dump: recorded in the manifest, since what it does outside itself
     /// from then on is not undone by a restore.
     pub runs_on: bool,
+    /// What becomes of files with a name.
+    pub files: Rules,
     /// Told of bytes copied, from several threads.
     pub progress: Option<&'a (dyn Fn(u64) + Sync)>,
     /// Asked now and then whether to give up, from several threads.
@@ -271,6 +275,7 @@ fn capture<'s>(
 
     let mut collector = Collector::new(stopped.root().living(), false);
     collector.members = stopped.processes.iter().map(|p| p.pid().0).collect();
+    collector.files = Files::new(options.files.clone(), root)?;
     let shares = sharing::collect(&stopped.processes)?;
     // Descriptors first: through them files can be opened that only a privilege opens by their mappings.
     let mut all = Vec::with_capacity(stopped.processes.len());
@@ -307,6 +312,12 @@ fn capture<'s>(
         }
     }
     let zombies = stopped.zombies.iter().map(|pid| zombie(*pid)).collect::<Result<_>>()?;
+    collector.turn_to(root);
+    scratch::decide(&mut collector, &tasks)?;
+    inode::refuse_shared(&mut collector, &tasks);
+    if !collector.refusals.is_empty() {
+        return Err(Error::Refused { pid: root, refusals: collector.refusals });
+    }
 
     let begin = Instant::now();
     let watch = options.watch();

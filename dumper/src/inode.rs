@@ -7,12 +7,15 @@ use nix::sys::stat::SFlag;
 use torpor_image::description::Kind;
 use torpor_image::extent::Extents;
 use torpor_image::inode::Source;
+use torpor_image::task::Task;
 use torpor_image::{Bytes, InodeId};
 use torpor_kernel::fds;
+use torpor_kernel::ids::Pid;
 
 use crate::collect::{Collector, Content, stat_path};
 use crate::description::{Found, without_deleted};
 use crate::error::{Error, Result};
+use crate::scratch;
 
 const MEMFD: &[u8] = b"/memfd:";
 
@@ -23,6 +26,14 @@ pub(crate) fn is_plain_device(device: u64) -> bool {
 
 /// The file of a descriptor.
 pub(crate) fn of_descriptor(collector: &mut Collector, found: &Found) -> Result<Option<Kind>> {
+    let kind = inode(collector, found)?;
+    if let Some(Kind::File(id)) = kind {
+        scratch::opened(collector, id, found.info.flags);
+    }
+    Ok(kind)
+}
+
+fn inode(collector: &mut Collector, found: &Found) -> Result<Option<Kind>> {
     if let Some(id) = collector.known_inode(found.stat.st_dev, found.stat.st_ino) {
         return Ok(Some(Kind::File(id)));
     }
@@ -48,31 +59,81 @@ pub(crate) fn by_path(
     path: &Bytes,
     stat: &libc::stat,
 ) -> Option<InodeId> {
-    let leads_back =
-        stat_path(path).is_some_and(|now| now.st_dev == stat.st_dev && now.st_ino == stat.st_ino);
-    if !leads_back {
-        let why = if path.ends_with(b" (deleted)") {
-            "its name was removed while another name of the file exists"
+    let leads_back = |path: &Bytes| stat_path(path).is_some_and(|now| same(&now, stat));
+    let found = if leads_back(path) { Some(path.clone()) } else { other_name(path, stat) };
+    let Some(path) = &found else {
+        let (why, remedy) = if path.ends_with(b" (deleted)") {
+            (
+                "its name was removed, and another name that it has is not in the same directory",
+                "close it before the dump, or move that name to where the old one was",
+            )
         } else {
-            "its path leads to another file by now, or to none that torpor can see"
+            (
+                "its path leads to another file by now, or to none that torpor can see",
+                "close it before the dump",
+            )
         };
-        collector.refuse(title, why, "close it before the dump");
+        collector.refuse(title, why, remedy);
         return None;
-    }
-    if per_process(path) {
-        collector.refuse(
-            title,
-            "files of /proc about one process cannot be dumped yet",
-            "close it before the dump",
-        );
-        return None;
+    };
+    if let Some((pid, rest)) = per_process(path) {
+        if !collector.is_member(pid.0) {
+            let why = format!(
+                "files of /proc about a process that is not part of the dump ({pid}) cannot be dumped"
+            );
+            collector.refuse(title, why, "close it before the dump");
+            return None;
+        }
+        let source = Source::Process { pid: torpor_image::Pid(pid.0), rest: rest.into() };
+        return Some(collector.add_inode(stat, source));
     }
     Some(collector.add_inode(stat, Source::Path { path: path.clone() }))
 }
 
-/// `/proc/PID/...`: its path means another file, or none, after the restore.
-fn per_process(path: &[u8]) -> bool {
-    path.strip_prefix(b"/proc/").and_then(|rest| rest.first()).is_some_and(u8::is_ascii_digit)
+fn same(a: &libc::stat, b: &libc::stat) -> bool {
+    (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
+}
+
+/// Another name of a file whose own was removed or taken: the kernel shows the name by which it was opened
+/// (fs/d_path.c), and no others. They are looked for where that one was; all else would be a search of the disk.
+fn other_name(path: &[u8], stat: &libc::stat) -> Option<Bytes> {
+    if stat.st_nlink == 0 || stat.st_mode & libc::S_IFMT == libc::S_IFDIR {
+        return None;
+    }
+    let path = without_deleted(path);
+    std::fs::read_dir(path.path().parent()?).ok()?.flatten().find_map(|entry| {
+        use std::os::unix::fs::DirEntryExt;
+        let name = Bytes::from(entry.path().as_os_str().as_encoded_bytes());
+        let is_it = entry.ino() == stat.st_ino
+            && nix::sys::stat::lstat(name.path()).is_ok_and(|now| same(&now, stat));
+        is_it.then_some(name)
+    })
+}
+
+/// `/proc/PID/...`: the process, and what follows it. Its path means another file until that process is there again.
+fn per_process(path: &[u8]) -> Option<(Pid, &[u8])> {
+    let path = path.strip_prefix(b"/proc/")?;
+    let (pid, rest) = path.split_at(path.iter().position(|b| *b == b'/').unwrap_or(path.len()));
+    let pid = std::str::from_utf8(pid).ok()?.parse().ok()?;
+    Some((Pid(pid), rest.strip_prefix(b"/").unwrap_or(rest)))
+}
+
+/// Files of /proc about processes are opened by the task that has them, so none may be shared by several.
+pub(crate) fn refuse_shared(collector: &mut Collector, tasks: &[Task]) {
+    for index in 0..collector.objects.descriptions.len() {
+        let description = &collector.objects.descriptions[index];
+        let Kind::File(inode) = description.kind else { continue };
+        let inode = &collector.objects.inodes[inode.0 as usize];
+        if !matches!(inode.source, Source::Process { .. }) {
+            continue;
+        }
+        let (id, name) = (description.id, inode.name());
+        let mut holders = tasks.iter().filter(|t| t.descriptors.iter().any(|d| d.description == id));
+        if let (Some(first), Some(second)) = (holders.next(), holders.next()) {
+            let why = format!("pid {} and pid {} share it, as after fork(2)", first.pid, second.pid);
+            collector.refuse(format!("`{name}`"), why, "let each open it for itself");
+        }
+    }
 }
 
 fn memfd(collector: &mut Collector, found: &Found, name: &Bytes) -> Result<Option<InodeId>> {

@@ -41,7 +41,9 @@ mod pipe;
 mod priority;
 mod raw;
 mod restart;
+mod rules;
 mod scheduling;
+mod scratch;
 mod sharing;
 mod signal;
 mod signalfd;
@@ -59,4 +61,6 @@ mod vma;
 
 pub use dump::{Destination, Dumped, Frozen, Options, Target, check};
 pub use error::{Error, Refusal, Result};
+pub use rules::{RuleError, Rules};
 pub use survey::{Descriptor, Process, Survey};
+pub use torpor_image::rules::Rule;

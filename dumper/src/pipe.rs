@@ -1,13 +1,11 @@
 //! pipe(7) and fifo(7): contents through tee(2), which leaves them where they are.
 
-use std::fs::File;
-use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use torpor_image::description::Kind;
-use torpor_image::pipe::{Pipe, PipeEnd};
+use torpor_image::pipe::{Packet, Pipe, PipeEnd};
 use torpor_image::{Bytes, InodeId};
 
 use crate::collect::Collector;
@@ -27,14 +25,6 @@ pub(crate) fn collect(collector: &mut Collector, all: &[&Found], found: &Found) 
     let mode = |f: &Found| f.info.flags & libc::O_ACCMODE as u32;
     let reader = ends().find(|f| mode(f) != libc::O_WRONLY as u32);
     let writer = ends().find(|f| mode(f) != libc::O_RDONLY as u32);
-    if !named && ends().any(|f| f.info.flags & libc::O_DIRECT as u32 != 0) {
-        collector.refuse(
-            found.title(),
-            "a pipe of packets (O_DIRECT) cannot be dumped yet",
-            "close it before the dump",
-        );
-        return Ok(None);
-    }
     if reader.is_none() || writer.is_none() {
         let other = if reader.is_none() { "read" } else { "written" };
         if has_other_end(&found.get(collector)?) {
@@ -64,12 +54,12 @@ pub(crate) fn collect(collector: &mut Collector, all: &[&Found], found: &Found) 
             e,
         ))
     })?;
-    let data = match reader {
+    let (data, packets) = match reader {
         Some(reader) if !collector.live => contents(collector, reader, capacity)?,
-        _ => Bytes::default(),
+        _ => (Bytes::default(), Vec::new()),
     };
     let number = found.stat.st_ino;
-    let pipe = collector.pipe(key, |id| Pipe { id, number, capacity: capacity as u32, data, fifo });
+    let pipe = collector.pipe(key, |id| Pipe { id, number, capacity: capacity as u32, data, packets, fifo });
     Ok(Some(Kind::Pipe(PipeEnd { pipe })))
 }
 
@@ -82,32 +72,64 @@ fn has_other_end(fd: &OwnedFd) -> bool {
     !poll_fd[0].revents().is_some_and(|r| r.intersects(alone))
 }
 
-/// Copies what is in a pipe without taking it out.
-fn contents(collector: &mut Collector, reader: &Found, capacity: i32) -> Result<Bytes> {
+/// Copies what is in a pipe without taking it out, and tells packets from the stream.
+///
+/// A pipe is a ring of buffers; one that was written with `O_DIRECT` is a packet: a read takes no more than that one,
+/// and all of it (fs/pipe.c, `PIPE_BUF_FLAG_PACKET`). The flag follows a buffer through tee(2) and splice(2), and is
+/// seen only by its effect. So each buffer of the copy is moved by itself, through a pipe with room for one, to where
+/// a byte of ours stands behind it: a read that asks for both gets that byte too, unless the buffer is a packet.
+fn contents(collector: &mut Collector, reader: &Found, capacity: i32) -> Result<(Bytes, Vec<Packet>)> {
     let pid = reader.pid;
     let fail = |call: &'static str, errno| {
         Error::kernel(pid, format!("reading {}", reader.title()))(torpor_kernel::Error::syscall(
             call, reader.fd, errno,
         ))
     };
+    let new = |size: i32| -> Result<(OwnedFd, OwnedFd)> {
+        let ends = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|e| fail("pipe2", e))?;
+        fcntl(&ends.1, FcntlArg::F_SETPIPE_SZ(size)).map_err(|e| fail("fcntl(F_SETPIPE_SZ)", e))?;
+        Ok(ends)
+    };
     let from = reader.get(collector)?;
-    let (out, into) =
-        nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|e| fail("pipe2", e))?;
     // As many slots as the original: its buffers may each be filled only in part.
-    fcntl(&into, FcntlArg::F_SETPIPE_SZ(capacity)).map_err(|e| fail("fcntl(F_SETPIPE_SZ)", e))?;
+    let (copy, into) = new(capacity)?;
     // SAFETY: tee takes two descriptors and no memory.
     let got =
         unsafe { libc::tee(from.as_raw_fd(), into.as_raw_fd(), i32::MAX as usize, libc::SPLICE_F_NONBLOCK) };
     if got < 0 {
         return match nix::errno::Errno::last() {
-            nix::errno::Errno::EAGAIN => Ok(Bytes::default()),
+            nix::errno::Errno::EAGAIN => Ok((Bytes::default(), Vec::new())),
             e => Err(fail("tee", e)),
         };
     }
-    drop(into);
-    let mut data = vec![0u8; got as usize];
-    File::from(out)
-        .read_exact(&mut data)
-        .map_err(|e| fail("read", nix::errno::Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO))))?;
-    Ok(data.into())
+    let (one, into_one) = new(4096)?;
+    let (two, into_two) = new(4 * 4096)?;
+    let mut data = Vec::with_capacity(got as usize);
+    let mut packets = Vec::new();
+    while data.len() < got as usize {
+        let length = move_buffers(&copy, &into_one).map_err(|e| fail("splice", e))?;
+        move_buffers(&one, &into_two).map_err(|e| fail("splice", e))?;
+        nix::unistd::write(&into_two, &[0]).map_err(|e| fail("write", e))?;
+        let mut buffer = vec![0u8; length + 1];
+        let read = nix::unistd::read(&two, &mut buffer).map_err(|e| fail("read", e))?;
+        if read == length {
+            packets.push(Packet { offset: data.len() as u32, length: length as u32 });
+            nix::unistd::read(&two, &mut [0]).map_err(|e| fail("read", e))?;
+        }
+        data.extend_from_slice(&buffer[..length]);
+    }
+    Ok((data.into(), packets))
+}
+
+/// Moves as many buffers as there is room for, whole, and tells their bytes.
+fn move_buffers(from: &OwnedFd, into: &OwnedFd) -> nix::Result<usize> {
+    let none = std::ptr::null_mut();
+    let (from, into, all) = (from.as_raw_fd(), into.as_raw_fd(), i32::MAX as usize);
+    // SAFETY: splice takes two descriptors; pipes have no offsets to be told.
+    let moved = unsafe { libc::splice(from, none, into, none, all, libc::SPLICE_F_NONBLOCK) };
+    match nix::errno::Errno::result(moved)? {
+        // It would go on for ever.
+        0 => Err(nix::errno::Errno::EIO),
+        moved => Ok(moved as usize),
+    }
 }

@@ -120,6 +120,12 @@ fn target(collector: &mut Collector, mapping: &Mapping) -> Result<Option<Maps>> 
         Kind::Vdso | Kind::Vvar => Ok(Some(Maps::Kernel { name: mapping.path.as_slice().into() })),
         Kind::SharedAnonymous | Kind::NamedSharedAnonymous(_) | Kind::Memfd(_) | Kind::File => {
             let Some(inode) = inode(collector, mapping)? else { return Ok(None) };
+            crate::scratch::mapped(
+                collector,
+                inode,
+                mapping.shared,
+                mapping.write || mapping.flags.has("mw"),
+            );
             let offset = mapping.offset;
             Ok(Some(if mapping.shared {
                 Maps::Shared { inode, offset, may_write: mapping.flags.has("mw") || mapping.write }

@@ -147,10 +147,22 @@ fn objects(image: &Image) -> Result<()> {
         {
             return bad(format!("inode {i} has no absolute path: {path:?}"));
         }
+        if let Source::Process { pid, rest } = &inode.source {
+            let known = image.manifest.tasks.contains(pid);
+            let plain = !rest.contains(&0) && rest.split(|b| *b == b'/').all(|part| part != b"..");
+            if !known || !plain {
+                return bad(format!("inode {i} is no file about a process of the image"));
+            }
+        }
         if let Some(content) = inode.content() {
             extents(image, "objects.tpr", content, |r| {
                 r.address + r.length <= inode.size.next_multiple_of(PAGE)
             })?;
+        }
+    }
+    for directory in &objects.directories {
+        if directory.path.first() != Some(&b'/') || directory.path.contains(&0) {
+            return bad(format!("directory {:?} has no absolute path", directory.path));
         }
     }
     for (i, pipe) in objects.pipes.iter().enumerate() {
@@ -159,6 +171,16 @@ fn objects(image: &Image) -> Result<()> {
         }
         if let Some(fifo) = pipe.fifo {
             inode(image, "objects.tpr", fifo)?;
+        }
+        let mut end = 0;
+        for packet in &pipe.packets {
+            if packet.length == 0 || packet.offset < end || packet.length > (pipe.data.len() as u32) {
+                return bad(format!("pipe {i} has an impossible packet"));
+            }
+            end = packet.offset.saturating_add(packet.length);
+        }
+        if end as usize > pipe.data.len() {
+            return bad(format!("pipe {i} has a packet beyond its data"));
         }
     }
     for (i, description) in objects.descriptions.iter().enumerate() {

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::directory::Directory;
 use crate::epoll::Epoll;
 use crate::eventfd::EventFd;
 use crate::inet::InetSocket;
@@ -29,6 +30,9 @@ pub struct Objects {
     pub inodes: Vec<Inode>,
     /// Pipes and opened FIFOs; number N is at index N.
     pub pipes: Vec<Pipe>,
+    /// Directories that are made again when they are missing, parents before their children.
+    #[serde(default)]
+    pub directories: Vec<Directory>,
 }
 
 /// An open file description: what `dup` and `fork` share.

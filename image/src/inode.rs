@@ -3,7 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::extent::Extents;
-use crate::{Bytes, InodeId};
+use crate::rules::Rule;
+use crate::{Bytes, InodeId, Pid};
 
 /// A file: found again by its path, or with its contents in the image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +27,12 @@ pub struct Inode {
     pub size: u64,
     /// Modification time at the dump, nanoseconds since 1970.
     pub modified: i64,
+    /// For one that is found again by its path: what a restore does about it.
+    #[serde(default)]
+    pub rule: Rule,
+    /// Its contents, if the rule wants them.
+    #[serde(default)]
+    pub saved: Extents,
 }
 
 /// Where an inode is found at the restore.
@@ -52,6 +59,13 @@ pub enum Source {
         /// Its contents.
         content: Extents,
     },
+    /// A file of /proc about a process of the image, which is there as soon as that process is.
+    Process {
+        /// The process.
+        pid: Pid,
+        /// What follows `/proc/PID/`; empty for the directory itself.
+        rest: Bytes,
+    },
     /// Anonymous shared memory (`MAP_SHARED | MAP_ANONYMOUS`), which no descriptor can name.
     SharedMemory {
         /// Its contents.
@@ -63,7 +77,8 @@ impl Inode {
     /// Contents in the image, if it has any there.
     pub fn content(&self) -> Option<Extents> {
         match self.source {
-            Source::Path { .. } => None,
+            Source::Process { .. } => None,
+            Source::Path { .. } => self.rule.has_content().then_some(self.saved),
             Source::Deleted { content, .. }
             | Source::Memfd { content, .. }
             | Source::SharedMemory { content } => Some(content),
@@ -81,6 +96,7 @@ impl Inode {
             Source::Path { path } => path.to_string(),
             Source::Deleted { path, .. } => format!("{path} (deleted)"),
             Source::Memfd { name, .. } => format!("memfd:{name}"),
+            Source::Process { pid, rest } => format!("/proc/{pid}/{rest}"),
             Source::SharedMemory { .. } => "shared memory".to_owned(),
         }
     }

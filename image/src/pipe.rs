@@ -15,8 +15,20 @@ pub struct Pipe {
     pub capacity: u32,
     /// Bytes in it.
     pub data: Bytes,
+    /// Parts of `data` that were written as packets (`O_DIRECT`); the rest is a stream.
+    #[serde(default)]
+    pub packets: Vec<Packet>,
     /// The FIFO's file, for one that has a name.
     pub fifo: Option<InodeId>,
+}
+
+/// A packet in a pipe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Packet {
+    /// Where it begins.
+    pub offset: u32,
+    /// Its length, not 0.
+    pub length: u32,
 }
 
 /// A description's end of a pipe; its flags say which.

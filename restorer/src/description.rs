@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::open::Opener;
 use crate::plan::{Open, Planner};
 use crate::{
-    eventfd, inet, inode, inotify, lock, netlink, packet, pidfd, pipe, raw, signalfd, terminal, timerfd, udp,
+    eventfd, inet, inode, inotify, lock, netlink, packet, pidfd, pipe, process_file, raw, signalfd, terminal, timerfd, udp,
     unix,
 };
 
@@ -50,6 +50,8 @@ pub(crate) fn plan(script: &mut Script, planner: &mut Planner<'_>, task: &Task) 
             wanted.extend(epoll.targets.iter().map(|t| t.description));
         }
     }
+    // Those it opens itself, later.
+    wanted.retain(|id| process_file::of(planner.image, *id).is_none());
     wanted.sort_by_key(|id| (rank(&planner.image.objects.descriptions[id.0 as usize]), *id));
     wanted.dedup();
     for id in wanted {
@@ -64,6 +66,9 @@ pub(crate) fn plan(script: &mut Script, planner: &mut Planner<'_>, task: &Task) 
         numbers.aside.insert(id, script.call(purpose, libc::SYS_fcntl, &args));
     }
     for descriptor in &task.descriptors {
+        if process_file::of(planner.image, descriptor.description).is_some() {
+            continue;
+        }
         let flags = if descriptor.close_on_exec { libc::O_CLOEXEC } else { 0 };
         let source = numbers.source(descriptor.description);
         script.call_for(

@@ -10,12 +10,14 @@ use std::path::Path;
 use nix::errno::Errno;
 use torpor_image::extent::{Extents, Where};
 use torpor_image::inode::{Inode, Source};
+use torpor_image::rules::Rule;
 use torpor_image::{Bytes, InodeId};
 
 use crate::description::owned;
 use crate::error::{Error, Result};
 use crate::open::Opener;
 use crate::pipe::{io, reopen};
+use crate::rules;
 
 /// Seals that do not stand in the way of filling and mapping; the others are set last.
 const F_SEAL_SEAL: u32 = 1;
@@ -27,7 +29,12 @@ pub(crate) fn open(opener: &mut Opener<'_>, what: &str, id: InodeId, flags: u32)
     let image = opener.image;
     let inode = &image.objects.inodes[id.0 as usize];
     let content = match &inode.source {
-        Source::Path { path } => return by_path(opener, what, inode, path, flags),
+        Source::Path { path } => {
+            rules::apply(opener, what, inode, path)?;
+            return by_path(opener, what, inode, path, flags);
+        }
+        // Never opened here: by the task itself.
+        Source::Process { .. } => return Err(Error::open(what, "open")(Errno::ESRCH)),
         // Never opened: mapped by the task itself.
         Source::SharedMemory { content }
         | Source::Deleted { content, .. }
@@ -57,13 +64,16 @@ fn by_path(opener: &Opener<'_>, what: &str, inode: &Inode, path: &Bytes, flags: 
         return Err(conflict(format!("`{path}` is a file of another type now"), "put the file back"));
     }
     let regular = now.st_mode & libc::S_IFMT == libc::S_IFREG;
-    if regular && !opener.accept_changed && now.st_size as u64 != inode.size {
+    let size = now.st_size as u64;
+    // Those are put right later.
+    let settled = inode.rule == Rule::Save || inode.rule == Rule::Truncate && size > inode.size;
+    if regular && !opener.accept_changed && size != inode.size && !settled {
         return Err(conflict(
             format!("`{path}` had {} bytes at the dump and has {} now", inode.size, now.st_size),
             "put the old file back, or accept the new one with --accept-changed",
         ));
     }
-    if regular && !opener.accept_changed && is_code(opener, inode.id) {
+    if regular && !opener.accept_changed && inode.rule != Rule::Save && is_code(opener, inode.id) {
         let modified = now.st_mtime * 1_000_000_000 + now.st_mtime_nsec;
         if modified != inode.modified {
             return Err(conflict(
@@ -106,11 +116,17 @@ fn make(opener: &mut Opener<'_>, what: &str, inode: &Inode) -> Result<OwnedFd> {
     let fd = match &inode.source {
         Source::Memfd { name, seals, .. } => memfd(opener, what, inode.id, name, *seals)?,
         Source::Deleted { path, .. } => deleted(what, path, inode)?,
-        Source::Path { .. } | Source::SharedMemory { .. } => {
+        Source::Path { .. } | Source::Process { .. } | Source::SharedMemory { .. } => {
             return Err(Error::Open { what: what.to_owned(), call: "open", errno: Errno::EINVAL });
         }
     };
-    nix::unistd::ftruncate(&fd, inode.size as i64).map_err(Error::open(what, "ftruncate"))?;
+    size_and_owner(what, &fd, inode)?;
+    Ok(fd)
+}
+
+/// Gives a file that was made size, owner and mode.
+pub(crate) fn size_and_owner(what: &str, fd: &OwnedFd, inode: &Inode) -> Result<()> {
+    nix::unistd::ftruncate(fd, inode.size as i64).map_err(Error::open(what, "ftruncate"))?;
     // SAFETY: fchown and fchmod take numbers only. A file that the user may not give away stays his.
     unsafe {
         libc::fchown(fd.as_raw_fd(), inode.uid, inode.gid);
@@ -118,7 +134,7 @@ fn make(opener: &mut Opener<'_>, what: &str, inode: &Inode) -> Result<OwnedFd> {
             return Err(Error::last(what, "fchmod"));
         }
     }
-    Ok(fd)
+    Ok(())
 }
 
 fn memfd(opener: &mut Opener<'_>, what: &str, id: InodeId, name: &Bytes, seals: u32) -> Result<OwnedFd> {
@@ -189,7 +205,13 @@ fn deleted(what: &str, path: &Bytes, inode: &Inode) -> Result<OwnedFd> {
 }
 
 /// Writes the contents the image has.
-fn fill(opener: &Opener<'_>, what: &str, fd: &OwnedFd, inode: &Inode, content: Extents) -> Result<()> {
+pub(crate) fn fill(
+    opener: &Opener<'_>,
+    what: &str,
+    fd: &OwnedFd,
+    inode: &Inode,
+    content: Extents,
+) -> Result<()> {
     let to = File::from(fd.try_clone().map_err(|e| io(what, "dup", &e))?);
     let mut buffer = vec![0u8; 1 << 20];
     for record in opener.image.records(content).iter().filter(|r| r.place == Where::Data) {

@@ -9,6 +9,7 @@ use torpor_image::description::Kind;
 use torpor_image::{Bytes, DescriptionId, Image, InodeId, PipeId};
 
 use crate::error::{Error, Result};
+use crate::made::Made;
 use crate::pipe::{Ends, io};
 use crate::plan::Open;
 use crate::{description, inode};
@@ -27,6 +28,8 @@ pub(crate) struct Opener<'i> {
     pub(crate) listeners: HashMap<u32, OwnedFd>,
     /// Names of sockets that were made.
     pub(crate) made: Vec<PathBuf>,
+    /// What was made and changed of files.
+    pub(crate) files: Made,
     /// Seals to be set once everything is mapped.
     pub(crate) seals: BTreeMap<InodeId, u32>,
     /// Terminals and how they are to be set up.
@@ -48,6 +51,7 @@ impl<'i> Opener<'i> {
             sockets: HashMap::new(),
             listeners: HashMap::new(),
             made: Vec::new(),
+            files: Made::default(),
             seals: BTreeMap::new(),
             terminals: Vec::new(),
             progress,
@@ -120,6 +124,7 @@ impl<'i> Opener<'i> {
     /// Everything stands: what was made stays.
     pub(crate) fn keep(&mut self) {
         self.made.clear();
+        self.files.keep();
     }
 }
 

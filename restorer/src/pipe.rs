@@ -25,7 +25,8 @@ pub(crate) fn open(opener: &mut Opener<'_>, what: &str, end: &PipeEnd, flags: u3
         opener.pipes.insert(end.pipe, ends);
     }
     let ends = &opener.pipes[&end.pipe];
-    reopen(what, &ends.any, flags)
+    // Of a pipe this is no flag of open(2); it is set afterwards.
+    reopen(what, &ends.any, flags & !(libc::O_DIRECT as u32))
 }
 
 fn make(opener: &mut Opener<'_>, what: &str, pipe: &Pipe) -> Result<Ends> {
@@ -47,12 +48,36 @@ fn make(opener: &mut Opener<'_>, what: &str, pipe: &Pipe) -> Result<Ends> {
     if unsafe { libc::fcntl(any.as_raw_fd(), libc::F_SETPIPE_SZ, pipe.capacity) } < 0 {
         return Err(Error::last(what, "fcntl(F_SETPIPE_SZ)"));
     }
-    let mut rest: &[u8] = &pipe.data;
-    while !rest.is_empty() {
-        let n = nix::unistd::write(&write, rest).map_err(Error::open(what, "write"))?;
-        rest = &rest[n..];
+    let mut at = 0;
+    for packet in &pipe.packets {
+        let (first, last) = (packet.offset as usize, (packet.offset + packet.length) as usize);
+        stream(what, &write, &pipe.data[at..first])?;
+        self::packet(what, &write, &pipe.data[first..last])?;
+        at = last;
     }
+    stream(what, &write, &pipe.data[at..])?;
     Ok(Ends { any, _other: other })
+}
+
+fn stream(what: &str, into: &OwnedFd, mut data: &[u8]) -> Result<()> {
+    while !data.is_empty() {
+        let n = nix::unistd::write(into, data).map_err(Error::open(what, "write"))?;
+        data = &data[n..];
+    }
+    Ok(())
+}
+
+/// Writes a packet by way of a pipe of its own: behind a stream whose page has room, the kernel would make it a part
+/// of that (fs/pipe.c, `pipe_write`).
+fn packet(what: &str, into: &OwnedFd, data: &[u8]) -> Result<()> {
+    let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_DIRECT)
+        .map_err(Error::open(what, "pipe2"))?;
+    stream(what, &write, data)?;
+    let none = std::ptr::null_mut();
+    let (from, into) = (read.as_raw_fd(), into.as_raw_fd());
+    // SAFETY: splice takes two descriptors; pipes have no offsets to be told.
+    let moved = unsafe { libc::splice(from, none, into, none, data.len(), libc::SPLICE_F_NONBLOCK) };
+    if moved != data.len() as isize { Err(Error::last(what, "splice")) } else { Ok(()) }
 }
 
 /// Opens what `fd` is open on once more, with `flags` of its own.

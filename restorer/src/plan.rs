@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::lineage::{Lineage, Origin, Role, Stage, Way};
 use crate::vma::Begin;
-use crate::{description, epoll, lock, memory, print, signal, task, thread, timer, vma};
+use crate::{description, epoll, lock, memory, print, process_file, signal, task, thread, timer, vma};
 
 /// Bytes before the contexts, for the shared words.
 pub(crate) const SHARED: u64 = 64;
@@ -381,6 +381,7 @@ fn plan_task(
     phase("threads", script);
 
     let mut script = Script::new();
+    process_file::plan(&mut script, image, task)?;
     task::attributes(&mut script, planner, task);
     signal::pending(&mut script, task.pid.0, &task.signals);
     timer::plan(&mut script, &task.timers, host);

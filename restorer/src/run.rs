@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::open::Opener;
 use crate::plan::{Layout, Plan, SHARED, TaskPlan, layout, plan};
-use crate::{inode, terminal};
+use crate::{directory, inode, rules, terminal};
 
 /// How often a plan is made anew when its place in our memory was taken meanwhile.
 const ATTEMPTS: u32 = 8;
@@ -72,6 +72,7 @@ pub fn prepare<'i>(
         done: false,
         _bound_to_thread: PhantomData,
     };
+    directory::make(&mut building.opener)?;
     let fds = plan_.opens.iter().map(|open| building.opener.open(open)).collect::<Result<Vec<_>>>()?;
     match Arena::map(plan_.place, &title)? {
         Some(arena) => building.build(plan_, arena, &fds)?,
@@ -180,6 +181,7 @@ impl Building<'_> {
             self.outside(task)?;
         }
         inode::seal(&self.opener)?;
+        rules::put_all_back(&mut self.opener)?;
         // Children before their parents, who may have to be asked about children that stand.
         for task in plan.tasks.iter().rev() {
             self.complete(plan, layout, task, arena)?;

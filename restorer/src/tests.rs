@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use proptest::prelude::*;
 use torpor_image::credentials::Credentials;
 use torpor_image::description::{Description, Kind, Objects};
+use torpor_image::directory::Directory;
 use torpor_image::epoll::{Epoll, EpollTarget};
 use torpor_image::eventfd::EventFd;
 use torpor_image::extent::{Extents, Record, Where};
@@ -13,7 +14,8 @@ use torpor_image::header;
 use torpor_image::inode::{Inode, Source};
 use torpor_image::manifest::Manifest;
 use torpor_image::memory::{AddressSpace, MmFields};
-use torpor_image::pipe::{Pipe, PipeEnd};
+use torpor_image::pipe::{Packet, Pipe, PipeEnd};
+use torpor_image::rules::Rule;
 use torpor_image::scheduling::Scheduling;
 use torpor_image::signal::{ProcessSignals, SignalAction, ThreadSignals};
 use torpor_image::task::{Descriptor, Task};
@@ -109,6 +111,8 @@ fn parts() -> Parts {
         gid: 0,
         size: 8192,
         modified: 0,
+        rule: Rule::Keep,
+        saved: Extents::default(),
     };
     let kernel = |name: &str, start, pages| vma(start, pages, Mapping::Kernel { name: bytes(name) });
     let task = Task {
@@ -166,7 +170,12 @@ fn parts() -> Parts {
     Parts {
         manifest,
         task,
-        objects: Objects { descriptions: Vec::new(), inodes: vec![exe], pipes: Vec::new() },
+        objects: Objects {
+            descriptions: Vec::new(),
+            inodes: vec![exe],
+            pipes: Vec::new(),
+            directories: Vec::new(),
+        },
         records: Vec::new(),
     }
 }
@@ -199,7 +208,14 @@ impl Parts {
 
     fn pipe(&mut self, data: &str) -> PipeId {
         let id = PipeId(self.objects.pipes.len() as u32);
-        self.objects.pipes.push(Pipe { id, number: 5, capacity: 65536, data: bytes(data), fifo: None });
+        self.objects.pipes.push(Pipe {
+            id,
+            number: 5,
+            capacity: 65536,
+            data: bytes(data),
+            packets: Vec::new(),
+            fifo: None,
+        });
         id
     }
 
@@ -250,6 +266,71 @@ fn descriptors_of_every_simple_kind() {
         parts.descriptor(fd, id);
     }
     snapshot("descriptors", &planned(parts));
+}
+
+#[test]
+fn files_about_the_process_are_opened_by_itself() {
+    let mut parts = parts();
+    let maps = parts.inode(Source::Process { pid: Pid(100), rest: bytes("maps") }, 0);
+    let maps = parts.describe(Kind::File(maps));
+    parts.descriptor(4, maps);
+    parts.descriptor(7, maps);
+    let plan = planned(parts);
+    assert!(!plan.opens.contains(&Open::Description(maps)), "it was to be opened outside");
+    let script = |name: &str| &plan.tasks[0].phases.iter().find(|p| p.name == name).expect("a phase").script;
+    assert_eq!(calls(script("descriptors"), libc::SYS_dup3).count(), 0);
+    let numbers: Vec<_> = calls(script("state"), libc::SYS_dup3).map(|a| number(a[1])).collect();
+    assert_eq!((calls(script("state"), libc::SYS_openat).count(), numbers), (1, vec![Some(4), Some(7)]));
+    assert!(plan.to_string().contains("fd 4, /proc/100/maps"), "{plan}");
+}
+
+#[test]
+fn impossible_files_and_pipes_are_refused() {
+    let refused = |spoil: &dyn Fn(&mut Parts)| {
+        let mut parts = parts();
+        spoil(&mut parts);
+        let Parts { manifest, task, objects, records } = parts;
+        let image = Image::from_parts("/nowhere".into(), manifest, vec![task], objects, records);
+        image.is_err()
+    };
+    assert!(!refused(&|_| ()));
+    let process = |pid, rest| Source::Process { pid: Pid(pid), rest: bytes(rest) };
+    for (pid, rest, wrong) in [
+        (100, "fd", false),
+        (100, "", false),
+        (1, "maps", true),
+        (100, "a/../../1/mem", true),
+        (100, "a\0b", true),
+    ] {
+        assert_eq!(refused(&|p| p.objects.inodes[0].source = process(pid, rest)), wrong, "{pid} {rest:?}");
+    }
+    let directory = |path| Directory { path: bytes(path), mode: 0o40755, uid: 0, gid: 0 };
+    for (path, wrong) in [("/a", false), ("a", true), ("", true), ("/a\0", true)] {
+        assert_eq!(refused(&|p| p.objects.directories.push(directory(path))), wrong, "{path:?}");
+    }
+    for (packets, wrong) in [
+        (&[(0, 2), (3, 1)][..], false),
+        (&[(0, 0)], true),
+        (&[(2, 2), (0, 2)], true),
+        (&[(0, 3), (2, 2)], true),
+        (&[(3, 2)], true),
+        (&[(u32::MAX, 2)], true),
+    ] {
+        let packets = packets.iter().map(|&(offset, length)| Packet { offset, length });
+        assert_eq!(
+            refused(&|p| {
+                let id = p.pipe("four");
+                p.objects.pipes[id.0 as usize].packets = packets.clone().collect();
+            }),
+            wrong
+        );
+    }
+    // Contents of a file with a name are looked at like any other.
+    assert!(refused(&|p| {
+        let id = p.inode(Source::Path { path: bytes("/f") }, 100);
+        let inode = &mut p.objects.inodes[id.0 as usize];
+        (inode.rule, inode.saved) = (Rule::Save, Extents { first: 0, count: 9 });
+    }));
 }
 
 #[test]

@@ -406,9 +406,18 @@ fn rename(from: &Path, to: &Path) -> Outcome {
     fs::rename(from, to).map_err(|e| e.to_string())
 }
 
+/// Dumps a victim by the rule that everything must be found again, also what it made itself.
+fn dump_keeping(victim: &mut Victim) -> Outcome<PathBuf> {
+    let rules = victim.dir.path().join("rules");
+    fs::write(&rules, "keep **").map_err(|e| e.to_string())?;
+    let image = victim.dump_with(&["--files", rules.to_str().ok_or("a path")?])?;
+    victim.reap()?;
+    Ok(image)
+}
+
 fn file_gone() -> Outcome {
     let mut victim = Victim::start("files", &[])?;
-    let image = victim.dump()?;
+    let image = dump_keeping(&mut victim)?;
     let (file, aside) = (victim.home().join("append"), victim.dir.path().join("aside"));
     conflict(&mut victim, &image, "append", || {
         rename(&file, &aside)?;
@@ -429,7 +438,7 @@ fn file_changed() -> Outcome {
 
 fn directory_gone() -> Outcome {
     let mut victim = Victim::start("process", &[])?;
-    let image = victim.dump()?;
+    let image = dump_keeping(&mut victim)?;
     let (cwd, aside) = (victim.home().join("cwd"), victim.dir.path().join("aside"));
     conflict(&mut victim, &image, "cwd", || {
         rename(&cwd, &aside)?;

@@ -4,6 +4,7 @@
 //! only start, dump, restore and ask.
 
 mod faults;
+mod files;
 mod golden;
 mod refusals;
 mod state;
@@ -19,6 +20,7 @@ fn main() {
     arguments.test_threads.get_or_insert(2);
     let mut trials = state::trials();
     trials.extend(faults::trials());
+    trials.extend(files::trials());
     trials.extend(terminal::trials());
     trials.extend(tree::trials());
     trials.extend(refusals::trials());

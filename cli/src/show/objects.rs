@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use torpor_image::description::{Description, Kind};
 use torpor_image::inode::Inode;
 use torpor_image::lock::Flock;
+use torpor_image::rules::Rule;
 use torpor_image::task::Task;
 use torpor_image::unix::{State, UnixSocket};
 use torpor_image::{Bytes, DescriptionId, Image};
@@ -103,6 +104,9 @@ fn capacity(bytes: u32) -> String {
 fn file(image: &Image, inode: &Inode) -> String {
     let name = inode.name();
     match inode.content() {
+        None if inode.rule == Rule::Truncate => {
+            format!("{name}, to be cut back to {}", output::bytes(inode.size))
+        }
         None => name,
         Some(extents) => {
             let stored = output::bytes(stored(image.records(extents), 0, u64::MAX));
