@@ -25,10 +25,12 @@ pub(crate) fn trials() -> Vec<Trial> {
         "rule keep: nothing is made again" => kept,
         "rule truncate: a log is cut back" => truncated,
         "scratch files too large to be saved are named" => large,
+        "a file on tmpfs that two processes map and none has open" => pair,
         "the last rule decides" => order,
         "rules that cannot be understood" => bad_rules,
         "a name in another directory is refused" => linked,
-        "a file of /proc about another process is refused" => other,
+        "a file of /proc about another process is refused" => || refused("other", &["/proc/1/status", "not part of the dump"]),
+        "a file of /proc about a process that two share is refused" => || refused("inherited", &["/status", "share it"]),
     ]
 }
 
@@ -345,6 +347,27 @@ fn large() -> Outcome {
     })
 }
 
+fn pair() -> Outcome {
+    with("pair", |s| {
+        let log = fs::read_to_string(s.victim.log()).map_err(text)?;
+        let child = log.lines().find_map(|l| l.strip_prefix("child ")).and_then(|p| p.parse::<i32>().ok());
+        let child = child.ok_or("no child")?;
+        for round in 1..=2 {
+            let at = |e: String| format!("round {round}: {e}");
+            let image = s.victim.dump().map_err(at)?;
+            // SAFETY: no status is asked for. The child is ours by now, as its parent is gone.
+            unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+            s.wipe()?;
+            s.victim.restore(&image).map_err(at)?;
+            s.victim.ticks(6).map_err(at)?;
+        }
+        s.victim.kill();
+        // SAFETY: as above; it dies with its parent.
+        unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+        Ok(())
+    })
+}
+
 fn order() -> Outcome {
     with("given", |s| {
         let rules = s.victim.dir.path().join("rules");
@@ -395,11 +418,15 @@ fn bad_rules() -> Outcome {
     victim.ticks(2)
 }
 
-fn other() -> Outcome {
-    with("other", |s| {
+fn refused(what: &str, words: &[&str]) -> Outcome {
+    with(what, |s| {
         let (pid, image) = (s.victim.pid.to_string(), s.victim.image());
-        let said = run_torpor(&["dump", &pid, image.to_str().ok_or("a path")?])?.expect(REFUSED)?;
-        ensure!(said.contains("/proc/1/status") && said.contains("not part of the dump"), "it says: {said}");
+        let image = image.to_str().ok_or("a path")?;
+        let said = run_torpor(&["dump", &pid, image])?.expect(REFUSED)?;
+        for word in words {
+            ensure!(said.contains(word), "it does not say `{word}`: {said}");
+        }
+        ensure!(!Path::new(image).exists(), "it left a directory");
         s.victim.ticks(2)
     })
 }
@@ -407,10 +434,8 @@ fn other() -> Outcome {
 fn linked() -> Outcome {
     with("linked", |s| {
         let (pid, image) = (s.victim.pid.to_string(), s.victim.image());
-        let image = image.to_str().ok_or("a path")?;
-        let said = run_torpor(&["dump", &pid, image])?.expect(REFUSED)?;
+        let said = run_torpor(&["dump", &pid, image.to_str().ok_or("a path")?])?.expect(REFUSED)?;
         ensure!(said.contains("not in the same directory") && said.contains("here"), "it says: {said}");
-        ensure!(!Path::new(image).exists(), "it left a directory");
         s.victim.ticks(2)?;
         // As it advises.
         fs::rename(s.victim.home().join("run/there"), s.victim.home().join("here-again")).map_err(text)?;

@@ -1,7 +1,9 @@
 /* Files that live as long as the program: on tmpfs (argv[3] is a directory there), and scratch files elsewhere.
  * Names must lead to what is open and mapped, with modes and contents, whoever wiped or changed them meanwhile.
  * argv[4] is what it has besides: "given", a file that was there before; "linked", one with a name elsewhere only;
- * "large", one that no spare copy is taken of; "other", one of /proc about a process that is not dumped. */
+ * "large", one that no spare copy is taken of; "other", one of /proc about a process that is not dumped;
+ * "pair", a child with which it shares a page of a file that neither has open;
+ * "inherited", a file of /proc about itself that a child has, too. */
 #include "check.h"
 #define SIZE 65536
 static const char *memory;
@@ -25,6 +27,12 @@ static void turn(char *path, char *p, uint64_t n) {
     int fd = open(path, O_RDONLY | O_CLOEXEC); if (fd < 0) bad("%s", path);
     CHECK(read(fd, buf, SIZE) == SIZE); if (!same(buf, SIZE, n + 1)) bad("%s is another file than the one mapped", path);
     close(fd);
+}
+/* Two processes that met at a file, which neither has open any more; the child answers each odd number by the next. */
+static volatile uint64_t *pair(void) { int fd = open(in_memory("pair"), O_RDWR | O_CLOEXEC); CHECK(fd >= 0); void *p = map(4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0); close(fd); return p; }
+static void child(void) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    for (volatile uint64_t *word = pair();; nap(1)) if (*word & 1) ++*word;
 }
 int main(int argc, char **argv) {
     begin(argc, argv);
@@ -50,8 +58,12 @@ int main(int argc, char **argv) {
     int given = -1; if (!strcmp(what, "given")) { given = open(in_dir("given"), O_RDONLY | O_CLOEXEC); CHECK(given >= 0); }
     if (!strcmp(what, "large")) { int fd = make(in_dir("large"), O_RDWR, 0600); CHECK(!posix_fallocate(fd, 0, 300 << 20)); map(300 << 20, PROT_READ, MAP_SHARED, fd, 0); close(fd); }
     if (!strcmp(what, "other")) CHECK(open("/proc/1/status", O_RDONLY | O_CLOEXEC) >= 0);
+    if (!strcmp(what, "inherited")) { CHECK(open("/proc/self/status", O_RDONLY) >= 0); pid_t pid = fork(); CHECK(pid >= 0); if (!pid) { prctl(PR_SET_PDEATHSIG, SIGKILL); for (;;) pause(); } }
     if (!strcmp(what, "linked")) { int fd = make(in_dir("here"), O_RDWR, 0600); CHECK(!link(in_dir("here"), in_dir("run/there"))); CHECK(!unlink(in_dir("here"))); (void)fd; }
+    volatile uint64_t *word = 0;
+    if (!strcmp(what, "pair")) { int fd = make(in_memory("pair"), O_RDWR, 0600); CHECK(!ftruncate(fd, 4096)); close(fd); pid_t pid = fork(); CHECK(pid >= 0); if (!pid) child(); dprintf(out, "child %d\n", pid); word = pair(); }
     for (uint64_t n = 1;; n++, tick()) {
+        if (word) { SAME(*word & 1, 0); uint64_t now = ++*word; for (int i = 0; *word == now; i++) { if (i == 5000) bad("nobody answers in the shared page"); nap(1); } SAME(*word, now + 1); }
         turn(segment, map1, n); turn(database, map2, n);
         is(segment, -1, S_IFREG | 0640); is(database, -1, S_IFREG | 0604); is(in_memory("a"), -1, S_IFDIR | 0750); is(in_memory("a/b"), -1, S_IFDIR | 0710);
         is(held, held_fd, S_IFREG | 0600); SAME(lseek(held_fd, 0, SEEK_CUR), 5); SAME(lseek(held_fd, 0, SEEK_END), 64 << 20); SAME(lseek(held_fd, 5, SEEK_SET), 5);
