@@ -29,6 +29,7 @@ struct Report<'a> {
     can_be_dumped: bool,
     processes: Vec<ProcessReport<'a>>,
     zombies: Vec<ZombieReport<'a>>,
+    ipc: &'a [String],
     losses: &'a [String],
     refusals: Vec<Refusal<'a>>,
 }
@@ -108,6 +109,7 @@ fn report(survey: &Survey) -> Report<'_> {
             .iter()
             .map(|(pid, ppid, name)| ZombieReport { pid: pid.0, ppid: ppid.0, name })
             .collect(),
+        ipc: &survey.ipc,
         losses: &survey.losses,
         refusals: survey
             .refusals
@@ -141,6 +143,9 @@ fn text(survey: &Survey) -> Result<String, std::fmt::Error> {
             table.row([format!("{kind} descriptors"), which.len().to_string(), examples(&which)]);
         }
         write!(out, "{table}")?;
+    }
+    if !survey.ipc.is_empty() {
+        writeln!(out, "\nSystem V IPC: {}", examples(&survey.ipc))?;
     }
     if !survey.losses.is_empty() {
         writeln!(out, "\nand leave out, with a note in the manifest")?;
@@ -247,6 +252,7 @@ mod tests {
         Survey {
             processes: vec![process(42, 1)],
             zombies: Vec::new(),
+            ipc: vec!["shared memory id 7 (private)".into()],
             refusals: Vec::new(),
             losses: vec!["queued inotify events".into()],
         }
@@ -269,6 +275,7 @@ mod tests {
         assert!(text.starts_with("pid 42 (a\\u{1b}b)\n"), "{text}");
         assert!(text.contains("file descriptors         6  0 /dev/null, 1 /dev/null"), "{text}");
         assert!(text.contains("and 2 more"), "{text}");
+        assert!(text.contains("System V IPC             1  shared memory id 7 (private)"), "{text}");
         assert!(text.contains("\n  queued inotify events\n"), "{text}");
         assert!(text.ends_with("it can be dumped: torpor dump 42 DIR\n"), "{text}");
     }

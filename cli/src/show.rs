@@ -1,5 +1,6 @@
 //! `torpor show`: what is in an image.
 
+mod ipc;
 mod objects;
 mod process;
 mod tree;
@@ -36,6 +37,7 @@ fn text(image: &Image) -> Result<String, std::fmt::Error> {
         out.push('\n');
         process::write(&mut out, image, task)?;
     }
+    ipc::write(&mut out, image)?;
     out.push_str("\nfiles of the image\n");
     out.push_str(&files(image));
     Ok(out)

@@ -29,6 +29,8 @@ pub(crate) enum Content {
     File(OwnedFd),
     /// The memory of a process: `(address, offset in the inode, length)`.
     Mapped(Pid, Vec<(u64, u64, u64)>),
+    /// A System V segment in our own memory.
+    Attached(torpor_kernel::sysv::Attached),
 }
 
 /// The state of a collection.
@@ -49,6 +51,10 @@ pub(crate) struct Collector {
     /// Inode numbers of the sockets that members have descriptors for.
     pub(crate) sockets: HashSet<u32>,
     pidfds: HashMap<Pid, OwnedFd>,
+    /// POSIX message queues met so far.
+    pub(crate) mqueues: Vec<crate::mqueue::Known>,
+    /// What was seen of System V IPC.
+    pub(crate) sysv: crate::sysv::State,
     inodes: HashMap<(u64, u64), InodeId>,
     pipes: HashMap<(u64, u64), PipeId>,
     unix: Option<HashMap<u32, UnixSocket>>,
@@ -69,6 +75,8 @@ impl Collector {
             losses: Vec::new(),
             contents: Vec::new(),
             files: Files::default(),
+            mqueues: Vec::new(),
+            sysv: crate::sysv::State::default(),
             inodes: HashMap::new(),
             pipes: HashMap::new(),
             unix: None,
@@ -151,7 +159,8 @@ impl Collector {
         match &mut self.objects.inodes[id.0 as usize].source {
             Source::Deleted { content, .. }
             | Source::Memfd { content, .. }
-            | Source::SharedMemory { content } => *content = extents,
+            | Source::SharedMemory { content }
+            | Source::SysV { content, .. } => *content = extents,
             Source::Process { .. } => {}
             Source::Path { .. } => self.objects.inodes[id.0 as usize].saved = extents,
         }

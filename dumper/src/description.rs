@@ -16,8 +16,8 @@ use torpor_kernel::ids::Pid;
 use crate::collect::Collector;
 use crate::error::{Error, Result};
 use crate::{
-    anon, epoll, eventfd, inet, inode, inotify, netlink, packet, pidfd, pipe, raw, signalfd, terminal,
-    timerfd, udp, unix,
+    anon, epoll, eventfd, inet, inode, inotify, mqueue, netlink, packet, pidfd, pipe, raw, signalfd,
+    terminal, timerfd, udp, unix,
 };
 
 /// fcntl commands libc has no names for (asm-generic/fcntl.h).
@@ -240,6 +240,7 @@ fn kind(
             pipe::collect(collector, ends, found)
         }
         SFlag::S_IFCHR if terminal::is_terminal(found.stat.st_rdev) => terminal::collect(collector, found),
+        SFlag::S_IFREG if mqueue::is_queue(found) => mqueue::collect(collector, found),
         SFlag::S_IFREG | SFlag::S_IFDIR => inode::of_descriptor(collector, found),
         SFlag::S_IFCHR if inode::is_plain_device(found.stat.st_rdev) => {
             inode::of_descriptor(collector, found)

@@ -24,7 +24,7 @@ use crate::rules::Rules;
 use crate::scratch::{self, Files};
 use crate::stage::Stage;
 use crate::survey::{self, Survey};
-use crate::{description, inode, inotify, memory, netlink, sharing, task, vma};
+use crate::{description, inode, inotify, memory, netlink, sharing, sysv, task, vma};
 
 /// How often the freeze is put off for programs to take in what a dump would lose: 127 ms in all.
 const MOMENTS: u32 = 7;
@@ -295,6 +295,7 @@ fn capture<'s>(
         task::exe(&mut collector)?;
         spaces.push((maps, vmas));
     }
+    sysv::collect(&mut collector)?;
     // What the survey saw may have changed before the freeze.
     if !collector.refusals.is_empty() {
         return Err(Error::Refused { pid: root, refusals: collector.refusals });

@@ -537,6 +537,17 @@ pub(crate) fn copy_inode(
                 at = at.max(end);
             }
         }
+        Content::Attached(attached) => {
+            let mut buffer = vec![0u8; CHUNK as usize];
+            let mut at = 0u64;
+            while at < size {
+                let bytes = &mut buffer[..(size - at).min(CHUNK) as usize];
+                attached.read(at, bytes);
+                store(&mut records, at, bytes, file)?;
+                watch.copied(pid, bytes.len() as u64)?;
+                at += bytes.len() as u64;
+            }
+        }
         Content::Mapped(pid, areas) => {
             let pid = *pid;
             let mut areas = areas.clone();

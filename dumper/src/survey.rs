@@ -10,7 +10,7 @@ use torpor_kernel::{process, status};
 
 use crate::collect::{Collector, stat_path};
 use crate::error::{Error, Refusal, Result};
-use crate::{description, freeze, task, vma};
+use crate::{description, freeze, mqueue, sysv, task, vma};
 
 /// What a dump of a tree would find.
 #[derive(Clone, Debug)]
@@ -19,6 +19,8 @@ pub struct Survey {
     pub processes: Vec<Process>,
     /// Processes that have ended and wait for their parents: pid, parent, name.
     pub zombies: Vec<(Pid, Pid, String)>,
+    /// System V IPC objects that count as theirs.
+    pub ipc: Vec<String>,
     /// What a dump refuses, by name.
     pub refusals: Vec<Refusal>,
     /// What a dump would leave out and say so in the manifest.
@@ -177,9 +179,12 @@ fn look(root: Pid) -> Result<(Survey, Vec<(Pid, Vec<Mapping>)>)> {
         });
         maps.push((*pid, area.1));
     }
+    sysv::collect(&mut collector)?;
+    mqueue::refuse_shared(&mut collector);
+    let ipc = sysv::names(&collector);
     let Collector { mut refusals, losses, .. } = collector;
     refusals.extend(vforks);
-    Ok((Survey { processes, zombies: found.zombies, refusals, losses }, maps))
+    Ok((Survey { processes, zombies: found.zombies, ipc, refusals, losses }, maps))
 }
 
 /// What is asked of a process besides its descriptors: the count of its areas, and its map.

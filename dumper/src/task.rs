@@ -18,7 +18,7 @@ use crate::freeze::Frozen;
 use crate::gadget::Gadgets;
 use crate::inject::{self, Entry};
 use crate::restart::Restarts;
-use crate::{signal, thread, timer};
+use crate::{signal, sysv_sem, thread, timer};
 
 /// prctl(2) operations (linux/prctl.h).
 const PR_GET_DUMPABLE: u64 = 3;
@@ -139,6 +139,13 @@ pub(crate) fn collect(
     let own_tgid = if frozen.leader_ended() { own_pid.0 } else { stopped[0].before.own_tid };
     let entry = Entry { maps, gadgets: known.0, taken_signals: taken, own_tgid };
     let outcomes = inject::run(frozen, &memory, &before, &entry, &scripts)?;
+    sysv_sem::adjustments(collector, own_pid, |script| {
+        let answers = inject::run(frozen, &memory, &before, &entry, std::slice::from_ref(script))?;
+        Ok(answers.into_iter().next().unwrap_or_default())
+    })?;
+    if !collector.refusals.is_empty() {
+        return Err(Error::Refused { pid, refusals: std::mem::take(&mut collector.refusals) });
+    }
 
     let first = &outcomes[0];
     // Read after the timers: a signal that a timer sends in between is kept twice rather than lost.

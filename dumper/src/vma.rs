@@ -133,7 +133,12 @@ fn target(collector: &mut Collector, mapping: &Mapping) -> Result<Option<Maps>> 
                 Maps::Private { inode, offset }
             }))
         }
-        Kind::SysV(_) => refuse(collector, "System V shared memory"),
+        Kind::SysV(_) => {
+            let title = title(mapping);
+            let inode = crate::sysv_shm::mapped(collector, mapping, &title)?;
+            let may_write = mapping.flags.has("mw") || mapping.write;
+            Ok(inode.map(|inode| Maps::Shared { inode, offset: mapping.offset, may_write }))
+        }
         Kind::Aio => refuse(collector, "a ring of io_setup"),
         Kind::AnonHugepage => refuse(collector, "memory of explicit huge pages"),
         Kind::AnonInode(class) => {
@@ -207,7 +212,10 @@ fn inode(collector: &mut Collector, mapping: &Mapping) -> Result<Option<InodeId>
 }
 
 /// Opens what an area maps, whatever its path says; needs CAP_CHECKPOINT_RESTORE.
-fn through_map_files(collector: &Collector, mapping: &Mapping) -> std::io::Result<(OwnedFd, libc::stat)> {
+pub(crate) fn through_map_files(
+    collector: &Collector,
+    mapping: &Mapping,
+) -> std::io::Result<(OwnedFd, libc::stat)> {
     let link = format!("/proc/{}/map_files/{:x}-{:x}", collector.pid, mapping.start, mapping.end);
     let file = OwnedFd::from(File::open(link)?);
     let stat = nix::sys::stat::fstat(&file)?;

@@ -3,6 +3,8 @@
 //! Images come over networks and may be hostile, and a restore runs with privileges: every id, range, and
 //! name that later code follows without looking is checked here, once.
 
+mod ipc;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::description::Kind;
@@ -165,6 +167,7 @@ fn objects(image: &Image) -> Result<()> {
             return bad(format!("directory {:?} has no absolute path", directory.path));
         }
     }
+    ipc::check(image).or_else(bad)?;
     for (i, pipe) in objects.pipes.iter().enumerate() {
         if pipe.id.0 as usize != i || pipe.data.len() > pipe.capacity as usize {
             return bad(format!("pipe {i} is misnumbered or overfull"));
@@ -219,6 +222,7 @@ fn objects(image: &Image) -> Result<()> {
             Kind::PidFd(pidfd) if pidfd.pid.is_some_and(|pid| !is_process(image, pid)) => {
                 return bad(format!("description {i} is a pidfd of a process that is not in the image"));
             }
+            Kind::Mqueue(id) => known("objects.tpr", "message queue", id.0, objects.mqueues.len())?,
             Kind::Terminal(terminal) if !matches!(terminal.termios.len(), 0 | TERMIOS) => {
                 return bad(format!("description {i} has impossible terminal settings"));
             }
@@ -291,7 +295,7 @@ fn task(image: &Image, task: &Task) -> Result<()> {
                 }
                 let object = &image.objects.inodes[id.0 as usize];
                 let beyond = offset + vma.len() > object.size.next_multiple_of(PAGE);
-                if object.is_shared_memory() && (beyond || vma.private()) {
+                if (object.is_shared_memory() || object.segment().is_some()) && (beyond || vma.private()) {
                     return bad(format!("area {:x} maps more than its shared memory has", vma.start));
                 }
             }

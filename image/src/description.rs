@@ -9,17 +9,20 @@ use crate::inet::InetSocket;
 use crate::inode::Inode;
 use crate::inotify::Inotify;
 use crate::lock::{Flock, OfdLock};
+use crate::mqueue::Mqueue;
 use crate::netlink::NetlinkSocket;
 use crate::packet::PacketSocket;
 use crate::pidfd::PidFd;
 use crate::pipe::{Pipe, PipeEnd};
 use crate::raw::RawSocket;
 use crate::signalfd::SignalFd;
+use crate::sysv_msg::MessageQueue;
+use crate::sysv_sem::SemaphoreSet;
 use crate::terminal::Terminal;
 use crate::timerfd::TimerFd;
 use crate::udp::UdpSocket;
 use crate::unix::UnixSocket;
-use crate::{DescriptionId, InodeId};
+use crate::{DescriptionId, InodeId, MqueueId};
 
 /// Everything of the image that is not of one task alone.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -33,6 +36,15 @@ pub struct Objects {
     /// Directories that are made again when they are missing, parents before their children.
     #[serde(default)]
     pub directories: Vec<Directory>,
+    /// POSIX message queues; number N is at index N.
+    #[serde(default)]
+    pub mqueues: Vec<Mqueue>,
+    /// System V semaphores.
+    #[serde(default)]
+    pub sysv_sem: Vec<SemaphoreSet>,
+    /// System V message queues.
+    #[serde(default)]
+    pub sysv_msg: Vec<MessageQueue>,
 }
 
 /// An open file description: what `dup` and `fork` share.
@@ -88,6 +100,8 @@ pub enum Kind {
     Packet(PacketSocket),
     /// pidfd_open(2)
     PidFd(PidFd),
+    /// A POSIX message queue.
+    Mqueue(MqueueId),
 }
 
 /// fcntl(F_SETOWN_EX) and F_SETSIG
@@ -120,6 +134,7 @@ impl Kind {
             Kind::Netlink(_) => "netlink socket",
             Kind::Packet(_) => "packet socket",
             Kind::PidFd(_) => "pidfd",
+            Kind::Mqueue(_) => "message queue",
         }
     }
 }

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::extent::Extents;
 use crate::rules::Rule;
+use crate::sysv_shm::Segment;
 use crate::{Bytes, InodeId, Pid};
 
 /// A file: found again by its path, or with its contents in the image.
@@ -71,6 +72,13 @@ pub enum Source {
         /// Its contents.
         content: Extents,
     },
+    /// A System V shared memory segment, attached or not.
+    SysV {
+        /// What it is.
+        segment: Segment,
+        /// Its contents.
+        content: Extents,
+    },
 }
 
 impl Inode {
@@ -81,13 +89,19 @@ impl Inode {
             Source::Path { .. } => self.rule.has_content().then_some(self.saved),
             Source::Deleted { content, .. }
             | Source::Memfd { content, .. }
-            | Source::SharedMemory { content } => Some(content),
+            | Source::SharedMemory { content }
+            | Source::SysV { content, .. } => Some(content),
         }
     }
 
     /// Whether it is anonymous shared memory.
     pub fn is_shared_memory(&self) -> bool {
         matches!(self.source, Source::SharedMemory { .. })
+    }
+
+    /// The System V segment it is, if it is one.
+    pub fn segment(&self) -> Option<&Segment> {
+        if let Source::SysV { segment, .. } = &self.source { Some(segment) } else { None }
     }
 
     /// A name for people.
@@ -98,6 +112,9 @@ impl Inode {
             Source::Memfd { name, .. } => format!("memfd:{name}"),
             Source::Process { pid, rest } => format!("/proc/{pid}/{rest}"),
             Source::SharedMemory { .. } => "shared memory".to_owned(),
+            Source::SysV { segment, .. } => {
+                format!("System V segment {}", segment.permissions.title(segment.id))
+            }
         }
     }
 }

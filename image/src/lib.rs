@@ -27,6 +27,7 @@ pub mod ip;
 pub mod lock;
 pub mod manifest;
 pub mod memory;
+pub mod mqueue;
 pub mod netlink;
 pub mod packet;
 pub mod pidfd;
@@ -38,6 +39,10 @@ pub mod scheduling;
 pub mod signal;
 pub mod signalfd;
 pub mod socket;
+pub mod sysv;
+pub mod sysv_msg;
+pub mod sysv_sem;
+pub mod sysv_shm;
 pub mod task;
 pub mod terminal;
 pub mod thread;
@@ -78,3 +83,5 @@ id!(/// An inode of this image.
     InodeId(u32));
 id!(/// A pipe or FIFO of this image.
     PipeId(u32));
+id!(/// A POSIX message queue of this image.
+    MqueueId(u32));

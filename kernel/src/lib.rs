@@ -8,6 +8,7 @@
 //! under inspection), and an error names the call, the object and the errno.
 
 pub mod abi;
+pub mod child;
 mod error;
 pub mod fdinfo;
 pub mod fds;
@@ -16,15 +17,18 @@ pub mod igmp;
 pub mod maps;
 pub mod memory;
 pub mod mountinfo;
+pub mod mqueue;
 pub mod netlink;
 pub mod pagemap;
 pub mod probe;
 pub mod process;
 pub mod ptrace;
 pub mod raw;
+pub mod shared;
 pub mod sock_diag;
 pub mod stat;
 pub mod status;
+pub mod sysv;
 mod text;
 pub mod timers;
 

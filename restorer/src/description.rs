@@ -15,8 +15,8 @@ use crate::error::{Error, Result};
 use crate::open::Opener;
 use crate::plan::{Open, Planner};
 use crate::{
-    eventfd, inet, inode, inotify, lock, netlink, packet, pidfd, pipe, process_file, raw, signalfd, terminal, timerfd, udp,
-    unix,
+    eventfd, inet, inode, inotify, lock, mqueue, netlink, packet, pidfd, pipe, process_file, raw, signalfd,
+    terminal, timerfd, udp, unix,
 };
 
 /// asm-generic/fcntl.h
@@ -174,6 +174,7 @@ pub(crate) fn open(opener: &mut Opener<'_>, id: DescriptionId) -> Result<OwnedFd
         Kind::Inotify(inotify) => inotify::open(&what, inotify)?,
         Kind::Unix(socket) => unix::open(opener, &what, socket)?,
         Kind::Inet(socket) => inet::open(&what, socket)?,
+        Kind::Mqueue(queue) => mqueue::open(opener, &what, *queue, description.flags)?,
         Kind::Terminal(terminal) => terminal::open(opener, &what, id, terminal)?,
         Kind::Udp(socket) => udp::open(&what, socket)?,
         Kind::Raw(socket) => raw::open(&what, socket)?,

@@ -37,6 +37,7 @@ pub(crate) fn open(opener: &mut Opener<'_>, what: &str, id: InodeId, flags: u32)
         Source::Process { .. } => return Err(Error::open(what, "open")(Errno::ESRCH)),
         // Never opened: mapped by the task itself.
         Source::SharedMemory { content }
+        | Source::SysV { content, .. }
         | Source::Deleted { content, .. }
         | Source::Memfd { content, .. } => *content,
     };
@@ -116,7 +117,10 @@ fn make(opener: &mut Opener<'_>, what: &str, inode: &Inode) -> Result<OwnedFd> {
     let fd = match &inode.source {
         Source::Memfd { name, seals, .. } => memfd(opener, what, inode.id, name, *seals)?,
         Source::Deleted { path, .. } => deleted(what, path, inode)?,
-        Source::Path { .. } | Source::Process { .. } | Source::SharedMemory { .. } => {
+        Source::Path { .. }
+        | Source::Process { .. }
+        | Source::SharedMemory { .. }
+        | Source::SysV { .. } => {
             return Err(Error::Open { what: what.to_owned(), call: "open", errno: Errno::EINVAL });
         }
     };

@@ -35,6 +35,7 @@ mod lineage;
 mod lock;
 mod made;
 mod memory;
+mod mqueue;
 mod netlink;
 mod open;
 mod packet;
@@ -50,6 +51,10 @@ mod scheduling;
 mod signal;
 mod signalfd;
 mod socket;
+mod sysv;
+mod sysv_msg;
+mod sysv_sem;
+mod sysv_shm;
 mod task;
 mod terminal;
 #[cfg(test)]

@@ -26,6 +26,10 @@ pub(crate) struct Opener<'i> {
     pub(crate) sockets: HashMap<u32, OwnedFd>,
     /// Listening unix sockets, by number.
     pub(crate) listeners: HashMap<u32, OwnedFd>,
+    /// POSIX message queues that were made or found.
+    pub(crate) mqueues: Vec<crate::mqueue::Queue>,
+    /// System V IPC objects that were.
+    pub(crate) sysv: crate::sysv::Made,
     /// Names of sockets that were made.
     pub(crate) made: Vec<PathBuf>,
     /// What was made and changed of files.
@@ -50,6 +54,8 @@ impl<'i> Opener<'i> {
             inodes: HashMap::new(),
             sockets: HashMap::new(),
             listeners: HashMap::new(),
+            mqueues: Vec::new(),
+            sysv: crate::sysv::Made::default(),
             made: Vec::new(),
             files: Made::default(),
             seals: BTreeMap::new(),
@@ -103,6 +109,7 @@ impl<'i> Opener<'i> {
                 Some(local) => format!("{} {local}", socket.noun()),
                 None => socket.noun().to_owned(),
             },
+            Kind::Mqueue(id) => format!("message queue `{}`", self.image.objects.mqueues[id.0 as usize].name),
             _ => kind.noun().to_owned(),
         };
         for task in &self.image.tasks {
@@ -119,12 +126,16 @@ impl<'i> Opener<'i> {
         self.inodes.clear();
         self.sockets.clear();
         self.listeners.clear();
+        self.mqueues.clear();
+        self.sysv.attached.clear();
     }
 
     /// Everything stands: what was made stays.
     pub(crate) fn keep(&mut self) {
         self.made.clear();
         self.files.keep();
+        self.sysv.forget();
+        self.mqueues.iter_mut().for_each(crate::mqueue::Queue::keep);
     }
 }
 

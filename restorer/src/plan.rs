@@ -23,7 +23,9 @@ use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::lineage::{Lineage, Origin, Role, Stage, Way};
 use crate::vma::Begin;
-use crate::{description, epoll, lock, memory, print, process_file, signal, task, thread, timer, vma};
+use crate::{
+    description, epoll, lock, memory, print, process_file, signal, sysv_sem, sysv_shm, task, thread, timer, vma,
+};
 
 /// Bytes before the contexts, for the shared words.
 pub(crate) const SHARED: u64 = 64;
@@ -106,6 +108,8 @@ pub(crate) struct Place {
     pub(crate) blob: u64,
     pub(crate) arena: u64,
     pub(crate) arena_length: u64,
+    /// Where System V segments are attached of which a task has but parts.
+    pub(crate) segments: u64,
 }
 
 /// How one process is restored once it is born. Its leader has the context of its index.
@@ -182,18 +186,20 @@ pub fn plan(image: &Image, host: &Host, options: &Options) -> Result<Plan> {
     // Scripts are made twice: their length does not depend on the addresses in them.
     let shared: Vec<_> = image.objects.inodes.iter().filter(|i| i.is_shared_memory()).collect();
     let mut lengths: Vec<u64> = shared.iter().map(|i| i.size.next_multiple_of(PAGE)).collect();
-    let nowhere = Place { park: 0, blob: 0, arena: 0, arena_length: 0 };
+    let nowhere = Place { park: 0, blob: 0, arena: 0, arena_length: 0, segments: 0 };
     let anywhere = shared.iter().map(|i| (i.id, 0)).collect();
     let scripts = scripts(&mut planner, &lineage, nowhere, &anywhere, options)?;
     let blob_length = (torpor_blob::BLOB.len() as u64).next_multiple_of(PAGE);
     let parking = vma::parking(host).next_multiple_of(PAGE);
     let arena_length = scripts.layout().end.next_multiple_of(PAGE);
     let length = parking + blob_length + arena_length;
+    lengths.push(sysv_shm::scratch(image));
     lengths.push(length);
     let mut places = vma::free_ranges(host, image, &lengths).ok_or_else(no_room)?;
     let park = places.pop().ok_or_else(no_room)?;
+    let segments = places.pop().ok_or_else(no_room)?;
     let (blob, arena) = (park + parking, park + parking + blob_length);
-    let place = Place { park, blob, arena, arena_length };
+    let place = Place { park, blob, arena, arena_length, segments };
     let scratch = shared.iter().map(|i| i.id).zip(places).collect();
     planner.opens.clear();
     let scripts = self::scripts(&mut planner, &lineage, place, &scratch, options)?;
@@ -317,6 +323,7 @@ fn fill(
 ) {
     vma::begin(script, planner.host, task, begins, place.park);
     vma::map(script, planner, task, begins, scratch);
+    sysv_shm::plan(script, planner.image, task, begins, place.segments);
     memory::fill(script, planner, task, begins);
     vma::finish(script, planner, task, begins);
 }
@@ -368,12 +375,14 @@ fn plan_task(
         description::owners(&mut script, planner, task);
         lock::plan(&mut script, task);
     }
+    sysv_sem::plan(&mut script, image, task);
     phase("descriptors", script);
 
     // Actions before threads: setting one discards what is pending of a signal that is ignored by default
     // (sigaction(2)), the traps of other threads among it. Children that are to be zombies must have ended before.
     let mut script = Script::new();
     birth::collect_children(&mut script, lineage, index);
+    sysv_sem::operators(&mut script, image, task);
     if shares.signal_actions.is_none() {
         signal::actions(&mut script, &task.signals);
     }

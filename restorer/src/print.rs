@@ -32,6 +32,10 @@ pub(crate) fn name(image: &Image, open: &Open) -> String {
                 Kind::Packet(packet) => packet.summary(),
                 Kind::EventFd(e) => format!("{}{}", e.count, if e.semaphore { " (semaphore)" } else { "" }),
                 Kind::Epoll(e) => format!("watching {}", e.targets.len()),
+                Kind::Mqueue(id) => {
+                    let queue = &image.objects.mqueues[id.0 as usize];
+                    format!("{} with {} messages", queue.name, queue.messages.len())
+                }
                 Kind::Inotify(i) => format!("{} watches", i.watches.len()),
                 _ => String::new(),
             };

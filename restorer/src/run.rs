@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::open::Opener;
 use crate::plan::{Layout, Plan, SHARED, TaskPlan, layout, plan};
-use crate::{directory, inode, rules, terminal};
+use crate::{directory, inode, mqueue, rules, sysv, terminal};
 
 /// How often a plan is made anew when its place in our memory was taken meanwhile.
 const ATTEMPTS: u32 = 8;
@@ -73,6 +73,7 @@ pub fn prepare<'i>(
         _bound_to_thread: PhantomData,
     };
     directory::make(&mut building.opener)?;
+    sysv::make(&mut building.opener)?;
     let fds = plan_.opens.iter().map(|open| building.opener.open(open)).collect::<Result<Vec<_>>>()?;
     match Arena::map(plan_.place, &title)? {
         Some(arena) => building.build(plan_, arena, &fds)?,
@@ -186,6 +187,8 @@ impl Building<'_> {
         for task in plan.tasks.iter().rev() {
             self.complete(plan, layout, task, arena)?;
         }
+        sysv::settle(&mut self.opener)?;
+        mqueue::settle(&mut self.opener)?;
         Ok(())
     }
 

@@ -174,7 +174,7 @@ fn parts() -> Parts {
             descriptions: Vec::new(),
             inodes: vec![exe],
             pipes: Vec::new(),
-            directories: Vec::new(),
+            ..Objects::default()
         },
         records: Vec::new(),
     }

@@ -199,6 +199,9 @@ pub(crate) fn map(
                 let protection = made_with(vma, planner.image, task, begin);
                 mmap(script, title, vma.start, length, protection, flags, planner.descriptor(slot), *offset);
             }
+            // Attached below.
+            Mapping::Shared { inode, .. }
+                if planner.image.objects.inodes[inode.0 as usize].segment().is_some() => {}
             Mapping::Shared { inode, offset, may_write } => {
                 if let Some(whole) = scratch.get(inode) {
                     // A second view of it (an old size of 0, mremap(2)) keeps it what it was in /proc/PID/maps.
@@ -249,10 +252,13 @@ pub(crate) fn finish(script: &mut Script, planner: &Planner<'_>, task: &Task, be
         let length = vma.len();
         let now = match &vma.mapping {
             Mapping::Kernel { .. } => continue,
-            Mapping::Shared { inode, .. } => {
-                if begin.kept(vma).is_none()
-                    && planner.image.objects.inodes[inode.0 as usize].is_shared_memory()
-                {
+            Mapping::Shared { inode, may_write, .. } => {
+                let object = &planner.image.objects.inodes[inode.0 as usize];
+                if begin.kept(vma).is_some() {
+                    vma.protection
+                } else if object.segment().is_some() {
+                    crate::sysv_shm::made_with(*may_write)
+                } else if object.is_shared_memory() {
                     (libc::PROT_READ | libc::PROT_WRITE) as u32
                 } else {
                     vma.protection

@@ -1,5 +1,7 @@
 //! What the whole-system tests share: victims, the `torpor` program, and what /proc says of a process.
 
+pub mod ipc;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::fs;
@@ -493,6 +495,9 @@ impl Victim {
 impl Drop for Victim {
     fn drop(&mut self) {
         self.kill();
+        if self.pid > 0 {
+            ipc::remove(self.pid);
+        }
         if std::env::var_os("KEEP").is_some() {
             self.dir.disable_cleanup(true);
             eprintln!("kept: {}", self.dir.path().display());

@@ -6,6 +6,7 @@
 mod faults;
 mod files;
 mod golden;
+mod ipc;
 mod refusals;
 mod state;
 mod terminal;
@@ -21,6 +22,7 @@ fn main() {
     let mut trials = state::trials();
     trials.extend(faults::trials());
     trials.extend(files::trials());
+    trials.extend(ipc::trials());
     trials.extend(terminal::trials());
     trials.extend(tree::trials());
     trials.extend(refusals::trials());

@@ -43,6 +43,11 @@ fn main() {
         torture_with(&victim("rseq")?, number("TORTURE_ROUNDS", 40) / 4 + 1)?;
         Ok(torture_with(&victim("syscalls")?, number("TORTURE_ROUNDS", 40) / 4 + 1)?)
     }));
+    trials.push(Trial::test("killed dumps of System V IPC", || {
+        torture_with(&victim("sysv_shm")?, number("TORTURE_ROUNDS", 40) / 4 + 1)?;
+        torture_with(&victim("sysv_msg")?, number("TORTURE_ROUNDS", 40) / 4 + 1)?;
+        Ok(torture_with(&victim("sysv_sem")?, number("TORTURE_ROUNDS", 40) / 4 + 1)?)
+    }));
     let trials = trials.into_iter().map(|t| t.with_ignored_flag(!is_root())).collect();
     libtest_mimic::run(&arguments, trials).exit();
 }

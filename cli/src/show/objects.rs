@@ -90,6 +90,9 @@ fn what(image: &Image, description: &Description) -> String {
             Some(pid) => format!("of pid {pid}"),
             None => "of a process that has ended".to_owned(),
         },
+        Kind::Mqueue(id) => objects.mqueues.get(id.0 as usize).map_or_else(String::new, |queue| {
+            format!("{}, {} of {} messages in it", queue.name, queue.messages.len(), queue.max_messages)
+        }),
         Kind::Terminal(terminal) => {
             let (rows, columns) = terminal.size;
             format!("{}, {columns} x {rows}", terminal.path)
