@@ -144,7 +144,7 @@ pub(crate) fn collect(
         Ok(answers.into_iter().next().unwrap_or_default())
     })?;
     if !collector.refusals.is_empty() {
-        return Err(Error::Refused { pid, refusals: std::mem::take(&mut collector.refusals) });
+        return Err(Error::Refused { pid: own_pid, refusals: std::mem::take(&mut collector.refusals) });
     }
 
     let first = &outcomes[0];

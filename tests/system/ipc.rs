@@ -1,6 +1,6 @@
 //! System V IPC and POSIX message queues, which outlive the processes that use them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use libtest_mimic::Trial;
 use torpor_kernel::sysv;
@@ -12,12 +12,13 @@ const CONFLICT: i32 = 8;
 
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
-    let victims: [(&str, &[&str], &str); 5] = [
+    let victims: [(&str, &[&str], &str); 6] = [
         ("sysv_shm", &[], "System V shared memory"),
         ("sysv_sem", &[], "System V semaphores"),
         ("sysv_sem", &["undo"], "semaphore adjustments"),
         ("sysv_msg", &[], "System V message queues"),
         ("mqueue", &[], "POSIX message queues"),
+        ("ipc_tree", &[], "everything between processes of a tree"),
     ];
     for (victim, args, about) in victims {
         trials.extend([
@@ -46,15 +47,39 @@ fn start(name: &str, args: &[&str]) -> Outcome<Option<Victim>> {
     Ok((!skipped).then_some(victim))
 }
 
+/// Waits until the children that a victim has left are gone, too; they come to this process.
+fn reap(victim: &Victim) -> Outcome {
+    for _ in 0..5000 {
+        // SAFETY: no status is asked for; victims are groups of their own.
+        match unsafe { libc::waitpid(-victim.pid, std::ptr::null_mut(), libc::WNOHANG) } {
+            -1 => return Ok(()),
+            0 => std::thread::sleep(std::time::Duration::from_millis(1)),
+            _ => {}
+        }
+    }
+    Err("children of the victim do not end".into())
+}
+
+fn dumped(victim: &mut Victim) -> Outcome<PathBuf> {
+    let image = victim.dump()?;
+    reap(victim)?;
+    Ok(image)
+}
+
 fn there(name: &str, args: &[&str]) -> Outcome {
     let Some(mut victim) = start(name, args)? else { return Ok(()) };
-    victim.cycles(6)
+    for _ in 0..2 {
+        let image = dumped(&mut victim)?;
+        victim.restore(&image)?;
+        victim.ticks(6)?;
+    }
+    Ok(())
 }
 
 fn gone(name: &str, args: &[&str]) -> Outcome {
     let Some(mut victim) = start(name, args)? else { return Ok(()) };
     for _ in 0..2 {
-        let image = victim.dump()?;
+        let image = dumped(&mut victim)?;
         remove(victim.pid);
         ensure!(Objects::of(victim.pid).is_empty(), "objects of the victim are left");
         victim.restore(&image)?;
@@ -65,7 +90,7 @@ fn gone(name: &str, args: &[&str]) -> Outcome {
 
 fn twice(name: &str, args: &[&str]) -> Outcome {
     let Some(mut victim) = start(name, args)? else { return Ok(()) };
-    let image = victim.dump()?;
+    let image = dumped(&mut victim)?;
     for n in 0..3 {
         if n == 1 {
             remove(victim.pid);
@@ -74,6 +99,7 @@ fn twice(name: &str, args: &[&str]) -> Outcome {
         victim.restore_with(&["--accept-changed"], &image)?;
         victim.ticks(4)?;
         victim.kill();
+        reap(&victim)?;
     }
     Ok(())
 }
@@ -84,7 +110,9 @@ fn left_running(name: &str, args: &[&str]) -> Outcome {
         victim.dump_with(&["--leave-running"])?;
         victim.ticks(2)?;
     }
-    victim.cycles(2)
+    let image = dumped(&mut victim)?;
+    victim.restore(&image)?;
+    victim.ticks(2)
 }
 
 fn applied() -> Outcome {
