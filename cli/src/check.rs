@@ -275,7 +275,7 @@ mod tests {
         assert!(text.starts_with("pid 42 (a\\u{1b}b)\n"), "{text}");
         assert!(text.contains("file descriptors         6  0 /dev/null, 1 /dev/null"), "{text}");
         assert!(text.contains("and 2 more"), "{text}");
-        assert!(text.contains("System V IPC             1  shared memory id 7 (private)"), "{text}");
+        assert!(text.contains("\nSystem V IPC: shared memory id 7 (private)\n"), "{text}");
         assert!(text.contains("\n  queued inotify events\n"), "{text}");
         assert!(text.ends_with("it can be dumped: torpor dump 42 DIR\n"), "{text}");
     }
