@@ -244,6 +244,10 @@ const _: () = assert!(size_of::<clone_args>() == 88);
 pub const NETLINK_SOCK_DIAG: i32 = 4;
 /// Message type of requests and answers.
 pub const SOCK_DIAG_BY_FAMILY: u16 = 20;
+/// Message type: ends a socket.
+pub const SOCK_DESTROY: u16 = 21;
+/// An answer is wanted, also if all went well.
+pub const NLM_F_ACK: u16 = 4;
 /// A request.
 pub const NLM_F_REQUEST: u16 = 1;
 /// The objects changed while being dumped.
@@ -274,6 +278,8 @@ pub const UNIX_DIAG_SHUTDOWN: u16 = 6;
 pub const INET_DIAG_SHUTDOWN: u16 = 8;
 /// Attribute of IPv6 sockets: `IPV6_V6ONLY`.
 pub const INET_DIAG_SKV6ONLY: u16 = 11;
+/// Attribute: keys of TCP-MD5.
+pub const INET_DIAG_MD5SIG: u16 = 18;
 
 /// include/uapi/linux/netlink.h
 #[repr(C)]

@@ -29,6 +29,7 @@ pub mod sock_diag;
 pub mod stat;
 pub mod status;
 pub mod sysv;
+pub mod tcp;
 mod text;
 pub mod timers;
 

@@ -73,6 +73,8 @@ pub struct InetSocket {
     pub v6_only: Option<bool>,
     /// Number that no other socket ever has.
     pub cookie: u64,
+    /// It has keys for TCP-MD5 (told to CAP_NET_ADMIN only).
+    pub md5: bool,
 }
 
 /// A packet socket.
@@ -155,6 +157,32 @@ pub fn inet_sockets(family: i32, protocol: i32) -> Result<Vec<InetSocket>> {
         },
     };
     dump("inet_diag", &request, |payload| parse_inet(payload, protocol))
+}
+
+/// Ends a socket that was listed, as by a reset; what is left of a connection (time-wait) just goes. Wants
+/// CAP_NET_ADMIN, and a kernel with `CONFIG_INET_DIAG_DESTROY`.
+pub fn destroy(socket: &InetSocket) -> Result<()> {
+    let raw = |address: SocketAddr| match address.ip() {
+        IpAddr::V4(v4) => std::array::from_fn(|i| v4.octets().get(i).copied().unwrap_or(0)),
+        IpAddr::V6(v6) => v6.octets(),
+    };
+    let request = abi::inet_diag_req_v2 {
+        family: socket.family as u8,
+        protocol: socket.protocol as u8,
+        ext: 0,
+        pad: 0,
+        states: u32::MAX,
+        id: abi::inet_diag_sockid {
+            sport: socket.local.port().to_be_bytes(),
+            dport: socket.remote.port().to_be_bytes(),
+            src: raw(socket.local),
+            dst: raw(socket.remote),
+            interface: socket.interface,
+            cookie: [socket.cookie as u32, (socket.cookie >> 32) as u32],
+        },
+    };
+    let flags = abi::NLM_F_REQUEST | abi::NLM_F_ACK;
+    ask("inet_diag", abi::SOCK_DESTROY, flags, &request, |_nothing| Some(())).map(drop)
 }
 
 /// Types without padding, of which every bit pattern is valid.
@@ -303,11 +331,13 @@ fn parse_inet(payload: &[u8], protocol: i32) -> Option<InetSocket> {
         wqueue: message.wqueue,
         shutdown: 0,
         v6_only: None,
+        md5: false,
         cookie: cookie(message.id.cookie),
     };
     for (kind, value) in attributes(rest) {
         match kind {
             abi::INET_DIAG_SHUTDOWN => socket.shutdown = *value.first()?,
+            abi::INET_DIAG_MD5SIG => socket.md5 = !value.is_empty(),
             abi::INET_DIAG_SKV6ONLY => socket.v6_only = Some(*value.first()? != 0),
             _ => {}
         }
@@ -319,23 +349,27 @@ fn parse_inet(payload: &[u8], protocol: i32) -> Option<InetSocket> {
 fn dump<R: Plain, T>(what: &'static str, request: &R, parse: impl Fn(&[u8]) -> Option<T>) -> Result<Vec<T>> {
     const TRIES: usize = 16;
     for _ in 0..TRIES {
-        if let Some(all) = dump_once(what, request, &parse)? {
+        let flags = abi::NLM_F_REQUEST | abi::NLM_F_DUMP;
+        if let Some(all) = ask(what, abi::SOCK_DIAG_BY_FAMILY, flags, request, &parse)? {
             return Ok(all);
         }
     }
     Err(Error::syscall("sock_diag", what, Errno::EAGAIN))
 }
 
-fn dump_once<R: Plain, T>(
+/// Sends a request and collects what comes back; `None` if that is inconsistent.
+fn ask<R: Plain, T>(
     what: &'static str,
+    kind: u16,
+    flags: u16,
     request: &R,
     parse: impl Fn(&[u8]) -> Option<T>,
 ) -> Result<Option<Vec<T>>> {
     let socket = connect(what)?;
     let header = abi::nlmsghdr {
         len: (size_of::<abi::nlmsghdr>() + size_of::<R>()) as u32,
-        kind: abi::SOCK_DIAG_BY_FAMILY,
-        flags: abi::NLM_F_REQUEST | abi::NLM_F_DUMP,
+        kind,
+        flags,
         seq: 1,
         pid: 0,
     };
@@ -374,7 +408,7 @@ fn dump_once<R: Plain, T>(
                     if code < 0 {
                         return Err(Error::syscall("sock_diag", what, Errno::from_raw(code.wrapping_neg())));
                     }
-                    if header.kind == abi::NLMSG_DONE {
+                    if header.kind == abi::NLMSG_DONE || flags & abi::NLM_F_ACK != 0 {
                         return Ok((!interrupted).then_some(all));
                     }
                 }
@@ -440,6 +474,27 @@ mod tests {
         let socket = find(inode(&right));
         assert_eq!((socket.state, socket.peer, socket.rqueue), (1, Some(inode(&left)), 5));
         assert_eq!((socket.shutdown, find(inode(&left)).shutdown), (2, 1));
+    }
+
+    #[test]
+    fn what_is_left_of_a_connection_can_be_removed() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let client = std::net::TcpStream::connect(address).unwrap();
+        drop(listener.accept().unwrap());
+        drop(client);
+        let left = || {
+            let all = inet_sockets(libc::AF_INET, libc::IPPROTO_TCP).unwrap_or_default();
+            all.into_iter().find(|s| s.local == address && s.state != 10)
+        };
+        let Some(socket) = left() else {
+            eprintln!("skipped: no tcp_diag, or no time-wait");
+            return;
+        };
+        match destroy(&socket) {
+            Ok(()) => assert_eq!(left(), None),
+            Err(error) => eprintln!("skipped: {error}"),
+        }
     }
 
     #[test]
