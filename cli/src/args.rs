@@ -68,6 +68,12 @@ pub struct DumpArgs {
     /// Leave the process stopped, as `kill -STOP` does; `kill -CONT` lets it go on
     #[arg(long)]
     pub leave_stopped: bool,
+    /// What becomes of TCP connections to programs outside of the dump
+    ///
+    /// Connections with both ends in the dump are always kept. Others go on for a while without noticing
+    /// (`keep`: restore it within minutes, and once only), or are found reset by the restored program (`close`).
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = Tcp::Refuse)]
+    pub tcp: Tcp,
     /// Return only when the image is on stable storage
     ///
     /// Without it a power failure in the next seconds may take the image along.
@@ -99,6 +105,17 @@ pub struct DumpArgs {
     pub pid: i32,
     /// The directory of the image: made if it is missing, refused if it holds an image
     pub dir: PathBuf,
+}
+
+/// What becomes of TCP connections to the outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Tcp {
+    /// The dump is refused
+    Refuse,
+    /// The restored program finds them reset
+    Close,
+    /// They go on; the process must end with the dump
+    Keep,
 }
 
 const DUMP_EXAMPLES: &str = "\

@@ -67,7 +67,7 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<Exit> {
          $ torpor dump {pid} {}\n\n",
         dir.display()
     ))?;
-    let summary = dump(pid, &dir, Afterwards::Ended, false, Rules::default())?;
+    let summary = dump(pid, &dir, Afterwards::Ended, false, dump::Choices::default())?;
     counter.bury()?;
     let image = Image::open(&dir)?;
     say(&indented(&show::head(&image)?))?;

@@ -3,12 +3,14 @@
 use std::path::Path;
 
 use anyhow::Context;
+use clap::CommandFactory;
+use clap::error::ErrorKind;
 use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
-use torpor_dumper::{Destination, Options, Rule, Rules, Target};
+use torpor_dumper::{Destination, Options, Rule, Rules, Target, TcpPolicy};
 use torpor_image::manifest::Times;
 
-use crate::args::DumpArgs;
+use crate::args::{Cli, DumpArgs, Tcp};
 use crate::exit::{Exit, Failure};
 use crate::progress::Progress;
 use crate::{output, verify};
@@ -19,6 +21,13 @@ pub(crate) enum Afterwards {
     Ended,
     Running,
     Stopped,
+}
+
+/// What becomes of what a dump cannot keep by itself.
+#[derive(Default)]
+pub(crate) struct Choices {
+    pub(crate) rules: Rules,
+    pub(crate) tcp: TcpPolicy,
 }
 
 /// What was dumped.
@@ -45,8 +54,18 @@ pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
         (_, true) => Afterwards::Stopped,
         _ => Afterwards::Ended,
     };
-    let rules = rules(args)?;
-    let summary = dump(args.pid, &args.dir, afterwards, args.fsync, rules)?;
+    if args.tcp == Tcp::Keep && afterwards != Afterwards::Ended {
+        let why = "`--tcp keep` is for a process that ends with the dump: what goes on with its connections \
+                   cannot be restored to them";
+        Cli::command().error(ErrorKind::ArgumentConflict, why).exit();
+    }
+    let tcp = match args.tcp {
+        Tcp::Refuse => TcpPolicy::Refuse,
+        Tcp::Close => TcpPolicy::Close,
+        Tcp::Keep => TcpPolicy::Keep,
+    };
+    let choices = Choices { rules: rules(args)?, tcp };
+    let summary = dump(args.pid, &args.dir, afterwards, args.fsync, choices)?;
     if !args.quiet {
         for lost in &summary.not_captured {
             output::note(&format!("not in the image: {lost}"));
@@ -86,9 +105,9 @@ pub(crate) fn dump(
     dir: &Path,
     afterwards: Afterwards,
     fsync: bool,
-    rules: Rules,
+    choices: Choices,
 ) -> anyhow::Result<Summary> {
-    let target = Target::find(pid)?;
+    let target = Target::find_with(pid, choices.tcp)?;
     let destination = Destination::create(dir, fsync)?;
     let survey = target.survey();
     let progress = Progress::new("dumping", survey.resident());
@@ -96,8 +115,9 @@ pub(crate) fn dump(
     let mut options = Options::default();
     // A process left stopped may be let go at any time.
     options.runs_on = afterwards != Afterwards::Ended;
+    options.tcp = choices.tcp;
     options.progress = Some(&add);
-    options.files = rules;
+    options.files = choices.rules;
 
     let held = Held::begin();
     let cancel = Held::wants_end;

@@ -16,7 +16,7 @@ use torpor_image::rules::Rule;
 use torpor_image::{Bytes, InodeId, PipeId};
 use torpor_kernel::fds;
 use torpor_kernel::ids::Pid;
-use torpor_kernel::sock_diag::{InetSocket, UnixSocket};
+use torpor_kernel::sock_diag::UnixSocket;
 
 use crate::error::{Error, Refusal, Result};
 use crate::freeze;
@@ -50,6 +50,8 @@ pub(crate) struct Collector {
     pub(crate) files: Files,
     /// Inode numbers of the sockets that members have descriptors for.
     pub(crate) sockets: HashSet<u32>,
+    /// TCP sockets met so far.
+    pub(crate) tcp: crate::tcp::Captures,
     pidfds: HashMap<Pid, OwnedFd>,
     /// POSIX message queues met so far.
     pub(crate) mqueues: Vec<crate::mqueue::Known>,
@@ -58,7 +60,6 @@ pub(crate) struct Collector {
     inodes: HashMap<(u64, u64), InodeId>,
     pipes: HashMap<(u64, u64), PipeId>,
     unix: Option<HashMap<u32, UnixSocket>>,
-    inet: Option<HashMap<u32, InetSocket>>,
 }
 
 impl Collector {
@@ -69,6 +70,7 @@ impl Collector {
             live,
             members: BTreeSet::from([pid.0]),
             sockets: HashSet::new(),
+            tcp: crate::tcp::Captures::default(),
             pidfds: HashMap::new(),
             objects: Objects::default(),
             refusals: Vec::new(),
@@ -80,7 +82,6 @@ impl Collector {
             inodes: HashMap::new(),
             pipes: HashMap::new(),
             unix: None,
-            inet: None,
         }
     }
 
@@ -192,20 +193,6 @@ impl Collector {
         self.unix_socket(client)?;
         let all = self.unix.as_ref().map(HashMap::values).into_iter().flatten();
         Ok(all.into_iter().find(|s| s.pending.contains(&client)).cloned())
-    }
-
-    /// What the kernel says of a TCP socket that listens or is connected.
-    pub(crate) fn inet_socket(&mut self, inode: u32) -> Result<Option<InetSocket>> {
-        if self.inet.is_none() {
-            let mut all = HashMap::new();
-            for family in [libc::AF_INET, libc::AF_INET6] {
-                let sockets = torpor_kernel::sock_diag::inet_sockets(family, libc::IPPROTO_TCP)
-                    .map_err(Error::kernel(self.pid, "listing tcp sockets"))?;
-                all.extend(sockets.into_iter().map(|s| (s.inode, s)));
-            }
-            self.inet = Some(all);
-        }
-        Ok(self.inet.as_ref().and_then(|all| all.get(&inode)).cloned())
     }
 }
 

@@ -252,7 +252,16 @@ fn kind(
 }
 
 fn socket(collector: &mut Collector, found: &Found) -> Result<Option<Kind>> {
-    let fd = found.get(collector)?;
+    let fd = match found.get(collector) {
+        Ok(fd) => fd,
+        // Closed since, by a running process.
+        Err(Error::Kernel { source, .. })
+            if collector.live && source.errno() == Some(nix::errno::Errno::EBADF) =>
+        {
+            return Ok(None);
+        }
+        Err(e) => return Err(e),
+    };
     let option = |name| crate::socket::int_option(&fd, libc::SOL_SOCKET, name);
     let (domain, kind, protocol) =
         (option(libc::SO_DOMAIN), option(libc::SO_TYPE), option(libc::SO_PROTOCOL));

@@ -18,12 +18,14 @@ use crate::collect::Collector;
 use crate::error::{Error, Result};
 use crate::freeze::{Frozen as Stopped, FrozenTree};
 use crate::gadget::{self, Gadgets, Known};
+use crate::hold::Hold;
 use crate::memory::{Copied, Space, Watch};
 use crate::restart::Restarts;
 use crate::rules::Rules;
 use crate::scratch::{self, Files};
 use crate::stage::Stage;
 use crate::survey::{self, Survey};
+use crate::tcp::{self, TcpPolicy};
 use crate::{description, inode, inotify, memory, netlink, sharing, sysv, task, vma};
 
 /// How often the freeze is put off for programs to take in what a dump would lose: 127 ms in all.
@@ -50,6 +52,8 @@ pub struct Options<'a> {
     pub runs_on: bool,
     /// What becomes of files with a name.
     pub files: Rules,
+    /// What becomes of TCP connections to the outside; as the target was found with.
+    pub tcp: TcpPolicy,
     /// Told of bytes copied, from several threads.
     pub progress: Option<&'a (dyn Fn(u64) + Sync)>,
     /// Asked now and then whether to give up, from several threads.
@@ -95,6 +99,8 @@ impl Destination {
 /// A tree that stands still. Dropped, it goes on.
 #[derive(Debug)]
 pub struct Frozen {
+    /// Dropped before the tree goes on.
+    hold: Option<Hold>,
     stopped: FrozenTree,
     gadgets: HashMap<Pid, Gadgets>,
     restarts: Restarts,
@@ -112,8 +118,13 @@ impl Target {
     /// Looks at a process, at all below it and at everything they own without stopping anything; refuses what a
     /// dump would lose.
     pub fn find(pid: i32) -> Result<Self> {
+        Self::find_with(pid, TcpPolicy::Refuse)
+    }
+
+    /// As [`Target::find`], for a dump with this policy about TCP connections.
+    pub fn find_with(pid: i32, tcp: TcpPolicy) -> Result<Self> {
         let root = Pid(pid);
-        let (survey, maps) = survey::survey(root)?;
+        let (survey, maps) = survey::survey(root, tcp)?;
         if !survey.refusals.is_empty() {
             return Err(Error::Refused { pid: root, refusals: survey.refusals });
         }
@@ -168,14 +179,15 @@ impl Target {
                 return Err(stopped.root().died("another process has its pid by now"));
             }
             let unread = |p: &Stopped| inotify::unread(p.living()) || netlink::unread(p.living());
-            if moments < MOMENTS && stopped.processes.iter().any(unread) {
+            let pids = || stopped.processes.iter().map(Stopped::living);
+            if moments < MOMENTS && (stopped.processes.iter().any(unread) || tcp::busy(pids())) {
                 stopped.release();
                 std::thread::sleep(std::time::Duration::from_millis(1 << moments));
                 moments += 1;
                 continue;
             }
             match self.gadgets_of(&stopped, &mut known) {
-                Ok(gadgets) => return Ok(Frozen { stopped, gadgets, restarts, stage }),
+                Ok(gadgets) => return Ok(Frozen { hold: None, stopped, gadgets, restarts, stage }),
                 Err(e) if starts == STARTS => return Err(e),
                 // One has executed another program since, which may have mapped no libc yet.
                 Err(_) => {
@@ -227,15 +239,22 @@ impl Frozen {
 
     /// Writes an image of the tree. It stands afterwards as before, also on error.
     pub fn dump(&mut self, to: Destination, options: &Options<'_>) -> Result<Dumped> {
-        capture(&mut self.stopped, (&self.gadgets, &self.restarts), self.stage.as_mut(), to, options)?
-            .finish(options)
+        capture(
+            &mut self.stopped,
+            &mut self.hold,
+            (&self.gadgets, &self.restarts),
+            self.stage.as_mut(),
+            to,
+            options,
+        )?
+        .finish(options)
     }
 
     /// Writes an image of the tree, letting it go on as soon as it has been captured: a small one before its
     /// image is written.
     pub fn dump_and_resume(mut self, to: Destination, options: &Options<'_>) -> Result<Dumped> {
-        let Frozen { stopped, gadgets, restarts, stage } = &mut self;
-        let captured = capture(stopped, (gadgets, restarts), stage.as_mut(), to, options)?;
+        let Frozen { hold, stopped, gadgets, restarts, stage } = &mut self;
+        let captured = capture(stopped, hold, (gadgets, restarts), stage.as_mut(), to, options)?;
         stopped.release();
         captured.finish(options)
     }
@@ -247,23 +266,36 @@ impl Frozen {
 
     /// Ends the tree and waits until it is gone.
     pub fn kill(self) -> Result<()> {
-        self.stopped.kill()
+        let Frozen { hold, stopped, .. } = self;
+        if let Some(hold) = &hold {
+            hold.silence(stopped.root().pid())?;
+        }
+        stopped.kill()?;
+        if let Some(hold) = hold {
+            hold.over();
+        }
+        Ok(())
     }
 
     /// Lets the tree go on.
-    pub fn resume(mut self) {
-        self.stopped.release();
+    pub fn resume(self) {
+        let Frozen { hold, mut stopped, .. } = self;
+        drop(hold);
+        stopped.release();
     }
 
     /// Leaves every process of the tree stopped, as by SIGSTOP.
     pub fn keep_stopped(self) -> Result<()> {
-        self.stopped.keep_stopped()
+        let Frozen { hold, stopped, .. } = self;
+        drop(hold);
+        stopped.keep_stopped()
     }
 }
 
 /// Captures a stopped tree: after this nothing of the image depends on it any more.
 fn capture<'s>(
     stopped: &mut FrozenTree,
+    hold: &mut Option<Hold>,
     known: (&HashMap<Pid, Gadgets>, &Restarts),
     mut stage: Option<&'s mut Stage>,
     to: Destination,
@@ -274,6 +306,7 @@ fn capture<'s>(
     let taken_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
 
     let mut collector = Collector::new(stopped.root().living(), false);
+    (collector.tcp.policy, collector.tcp.runs_on) = (options.tcp, options.runs_on);
     collector.members = stopped.processes.iter().map(|p| p.pid().0).collect();
     collector.files = Files::new(options.files.clone(), root)?;
     let shares = sharing::collect(&stopped.processes)?;
@@ -284,6 +317,7 @@ fn capture<'s>(
         all.push(if own { description::look(process.living())? } else { Vec::new() });
     }
     let tables = description::collect(&mut collector, all)?;
+    *hold = tcp::finish(&mut collector)?;
     let mut spaces = Vec::with_capacity(tables.len());
     for process in &stopped.processes {
         let pid = process.living();
@@ -410,7 +444,7 @@ impl Captured<'_> {
 
 /// Surveys a process without stopping it: what a dump would take, lose or refuse.
 pub fn check(pid: i32) -> Result<Survey> {
-    survey::survey(Pid(pid)).map(|(survey, _)| survey)
+    survey::survey(Pid(pid), TcpPolicy::Refuse).map(|(survey, _)| survey)
 }
 
 fn host(vdso: Bytes) -> Host {

@@ -1,21 +1,25 @@
-//! tcp(7): listening sockets and those not connected yet.
+//! tcp(7), one socket: addresses, options, filter. Connections are put together in `tcp` once all sockets are known.
 
-use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::sys::socket::SockaddrStorage;
 use torpor_image::description::Kind;
 use torpor_image::inet::InetSocket;
 use torpor_image::socket::TCP_OPTIONS;
+use torpor_kernel::tcp::{self, state};
 
 use crate::collect::Collector;
 use crate::description::Found;
-use crate::error::Result;
-use crate::socket;
+use crate::error::{Error, Result};
+use crate::{socket, tcp as connections};
 
-/// net/tcp_states.h
-const LISTEN: u8 = 10;
-const CLOSE: u8 = 7;
+/// linux/tcp.h
+const TCP_ULP: i32 = 31;
+const TCP_AO_INFO: i32 = 40;
+/// Options that mean something else, or cannot be set, once a socket is connected (net/ipv4/tcp.c): the largest
+/// segment, the window clamp, and all of fast open are then what was agreed on.
+const BEFORE_CONNECT: [i32; 5] = [2, 10, 23, 30, 34];
 
 pub(crate) fn collect(
     collector: &mut Collector,
@@ -23,54 +27,68 @@ pub(crate) fn collect(
     fd: &OwnedFd,
     family: i32,
 ) -> Result<Option<Kind>> {
+    let fail = |collector: &Collector| Error::kernel(collector.pid, format!("looking at {}", found.title()));
     let number = found.stat.st_ino as u32;
-    let diag = collector.inet_socket(number)?;
-    if let Some(d) = &diag
-        && d.state != LISTEN
-        && d.state != CLOSE
-    {
-        let why = format!("a TCP connection from {} to {} cannot be dumped yet", d.local, d.remote);
-        collector.refuse(found.title(), why, "close the connection before the dump");
-        return Ok(None);
-    }
-    // Not listed: never connected, or a connection that was reset, or of another network namespace.
-    if diag.is_none() && !is_new(fd) {
-        let why = "what is left of a TCP connection cannot be dumped yet";
+    let state = tcp::info(fd.as_fd()).map_err(fail(collector))?.state;
+    if let Some(protocol) = upper(fd) {
+        let why = format!("a TCP connection under {protocol} cannot be dumped: the keys cannot be read");
         collector.refuse(found.title(), why, "close it before the dump");
         return Ok(None);
     }
-    let listening = diag.as_ref().filter(|d| d.state == LISTEN);
-    if let Some(d) = listening
-        && d.rqueue > 0
-    {
-        let why = format!("{} connections to {} wait to be accepted", d.rqueue, d.local);
-        collector.refuse(found.title(), why, "try again once the program has accepted them");
+    let Ok(filter) = socket::filter(fd) else {
+        socket::refuse_filter(collector, found);
         return Ok(None);
+    };
+    let mut options = socket::options_like(collector.tcp.fresh(family), fd, TCP_OPTIONS);
+    if state != state::LISTEN && (state != state::CLOSE || connections::is_over(fd)) {
+        options.retain(|o| o.level != libc::IPPROTO_TCP || !BEFORE_CONNECT.contains(&o.name));
     }
-    if socket::filter_length(fd) > 0 {
-        collector.refuse(found.title(), "a socket filter cannot be dumped yet", "detach it before the dump");
-        return Ok(None);
-    }
-    let local = nix::sys::socket::getsockname::<SockaddrStorage>(fd.as_raw_fd()).ok().and_then(address);
+    let local = local(fd);
+    let copy = fd.try_clone().map_err(|e| fail(collector)(torpor_kernel::Error::io("dup", found.fd, &e)))?;
+    collector.tcp.add(connections::Socket {
+        pid: found.pid,
+        fd: copy,
+        title: found.title(),
+        number,
+        state,
+        local: local.map(|l| l.0),
+        remote: remote(fd).map(|r| r.0),
+    });
     Ok(Some(Kind::Inet(InetSocket {
         number,
         family,
-        local: local.filter(|a| a.port() != 0 || !a.ip().is_unspecified()),
-        listening: listening.map(|d| d.wqueue),
-        options: socket::options(fd, family, libc::SOCK_STREAM, libc::IPPROTO_TCP, TCP_OPTIONS),
+        local: local.map(|l| l.0),
+        scope: local.map_or(0, |l| l.1),
+        options,
+        filter: filter.unwrap_or_default(),
+        ..InetSocket::default()
     })))
 }
 
-fn address(storage: SockaddrStorage) -> Option<SocketAddr> {
-    if let Some(v4) = storage.as_sockaddr_in() {
-        return Some(SocketAddr::V4((*v4).into()));
+/// What a socket's own protocol is wrapped in, as "TLS".
+fn upper(fd: &OwnedFd) -> Option<String> {
+    if let Some(name) = socket::option(fd, libc::IPPROTO_TCP, TCP_ULP).filter(|name| !name.is_empty()) {
+        return Some(String::from_utf8_lossy(&name).trim_end_matches('\0').to_owned());
     }
-    storage.as_sockaddr_in6().map(|v6| SocketAddr::V6((*v6).into()))
+    socket::option(fd, libc::IPPROTO_TCP, TCP_AO_INFO).map(|_| "TCP-AO".to_owned())
 }
 
-/// Whether a socket has never sent nor received anything (struct tcp_info, linux/tcp.h: the state in the first
-/// byte, segments out and in at 136 and 140).
-fn is_new(fd: &OwnedFd) -> bool {
-    let info = socket::option(fd, libc::IPPROTO_TCP, libc::TCP_INFO).unwrap_or_default();
-    info.first() == Some(&CLOSE) && info.get(136..144).is_none_or(|segments| segments.iter().all(|b| *b == 0))
+/// The address a socket is bound to, and the interface that belongs to it.
+fn local(fd: &OwnedFd) -> Option<(SocketAddr, u32)> {
+    let storage = nix::sys::socket::getsockname::<SockaddrStorage>(fd.as_raw_fd()).ok()?;
+    address(&storage).filter(|(a, _)| a.port() != 0 || !a.ip().is_unspecified())
+}
+
+/// The peer's address, while there is one.
+pub(crate) fn remote(fd: &OwnedFd) -> Option<(SocketAddr, u32)> {
+    address(&nix::sys::socket::getpeername::<SockaddrStorage>(fd.as_raw_fd()).ok()?)
+}
+
+fn address(storage: &SockaddrStorage) -> Option<(SocketAddr, u32)> {
+    if let Some(v4) = storage.as_sockaddr_in() {
+        return Some((SocketAddr::V4((*v4).into()), 0));
+    }
+    // Compared and written without the interface, which is told apart.
+    let v6 = storage.as_sockaddr_in6()?;
+    Some((SocketAddr::new(IpAddr::V6(v6.ip()), v6.port()), v6.scope_id()))
 }

@@ -1,5 +1,6 @@
 //! What all sockets have: options, read one by one and compared with those of a new socket.
 
+use std::collections::HashMap;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -35,17 +36,41 @@ pub(crate) fn options(
     protocol: i32,
     more: &[(i32, i32)],
 ) -> Vec<SocketOption> {
-    // SAFETY: socket takes numbers only.
-    let fresh = unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol) };
-    // SAFETY: a descriptor just opened, owned by nobody else.
-    let fresh = (fresh >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fresh) });
-    let generic = SOCKET_OPTIONS.iter().map(|name| (libc::SOL_SOCKET, *name));
-    generic
-        .chain(more.iter().copied())
+    options_like(&Fresh::new(family, kind, protocol, more), fd, more)
+}
+
+/// The options of a new socket.
+#[derive(Debug)]
+pub(crate) struct Fresh(HashMap<(i32, i32), Vec<u8>>);
+
+impl Fresh {
+    pub(crate) fn new(family: i32, kind: i32, protocol: i32, more: &[(i32, i32)]) -> Self {
+        // SAFETY: socket takes numbers only.
+        let fresh = unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol) };
+        if fresh < 0 {
+            return Fresh(HashMap::new());
+        }
+        // SAFETY: a descriptor just opened, owned by nobody else.
+        let fresh = unsafe { OwnedFd::from_raw_fd(fresh) };
+        Fresh(
+            all(more)
+                .filter_map(|(level, name)| Some(((level, name), option(&fresh, level, name)?)))
+                .collect(),
+        )
+    }
+}
+
+fn all(more: &[(i32, i32)]) -> impl Iterator<Item = (i32, i32)> {
+    SOCKET_OPTIONS.iter().map(|name| (libc::SOL_SOCKET, *name)).chain(more.iter().copied())
+}
+
+/// The options of `fd` that differ from those of `fresh`.
+pub(crate) fn options_like(fresh: &Fresh, fd: &OwnedFd, more: &[(i32, i32)]) -> Vec<SocketOption> {
+    all(more)
         .filter_map(|(level, name)| {
             let value = option(fd, level, name)?;
-            let default = fresh.as_ref().and_then(|f| option(f, level, name));
-            (default.as_ref() != Some(&value) && value.len() <= 64).then(|| SocketOption {
+            let default = fresh.0.get(&(level, name));
+            (default != Some(&value) && value.len() <= 64).then(|| SocketOption {
                 level,
                 name,
                 value: value.into(),

@@ -43,6 +43,8 @@ impl Stage {
         unsafe {
             libc::madvise(start, length, libc::MADV_HUGEPAGE);
             libc::madvise(start, length, MADV_POPULATE_WRITE);
+            // A guardian has no use for it.
+            libc::madvise(start, length, libc::MADV_DONTFORK);
         }
         Some(Stage { start: start.cast(), length, used: 0 })
     }

@@ -27,6 +27,9 @@ const TERMIOS: usize = 36;
 /// More POSIX timers than any process has: each takes a pending signal of its limit.
 const MAX_TIMER: i32 = 1 << 20;
 
+/// Instructions of a socket filter (linux/filter.h, `BPF_MAXINSNS`).
+const MAX_FILTER: usize = 4096;
+
 /// The number in `pages-N.dat`.
 pub fn data_file_number(name: &str) -> Option<u32> {
     let number = name.strip_prefix("pages-")?.strip_suffix(".dat")?;
@@ -207,6 +210,9 @@ fn objects(image: &Image) -> Result<()> {
             Kind::Inet(inet) if !inet.options.iter().all(SocketOption::is_known) => {
                 return bad(format!("description {i} has an impossible socket option"));
             }
+            Kind::Inet(inet) if inet.filter.len() % 8 != 0 || inet.filter.len() > 8 * MAX_FILTER => {
+                return bad(format!("description {i} has an impossible socket filter"));
+            }
             Kind::Udp(udp) if !udp.is_possible() => {
                 return bad(format!("description {i} is an impossible {}", udp.noun()));
             }
@@ -234,7 +240,7 @@ fn objects(image: &Image) -> Result<()> {
             _ => {}
         }
     }
-    Ok(())
+    crate::tcp::check(objects).or_else(bad)
 }
 
 fn task(image: &Image, task: &Task) -> Result<()> {

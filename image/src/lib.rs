@@ -44,6 +44,7 @@ pub mod sysv_msg;
 pub mod sysv_sem;
 pub mod sysv_shm;
 pub mod task;
+pub mod tcp;
 pub mod terminal;
 pub mod thread;
 pub mod timer;

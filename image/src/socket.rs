@@ -65,6 +65,7 @@ pub const SOCKET_OPTIONS: &[i32] = &[
 /// The same of TCP, by level and name.
 pub const TCP_OPTIONS: &[(i32, i32)] = &[
     (6, 1),   // TCP_NODELAY
+    (6, 2),   // TCP_MAXSEG
     (6, 3),   // TCP_CORK
     (6, 4),   // TCP_KEEPIDLE
     (6, 5),   // TCP_KEEPINTVL
@@ -74,18 +75,45 @@ pub const TCP_OPTIONS: &[(i32, i32)] = &[
     (6, 9),   // TCP_DEFER_ACCEPT
     (6, 10),  // TCP_WINDOW_CLAMP
     (6, 13),  // TCP_CONGESTION
+    (6, 16),  // TCP_THIN_LINEAR_TIMEOUTS
+    (6, 17),  // TCP_THIN_DUPACK
     (6, 18),  // TCP_USER_TIMEOUT
     (6, 23),  // TCP_FASTOPEN
     (6, 25),  // TCP_NOTSENT_LOWAT
+    (6, 27),  // TCP_SAVE_SYN
+    (6, 30),  // TCP_FASTOPEN_CONNECT
+    (6, 34),  // TCP_FASTOPEN_NO_COOKIE
+    (6, 36),  // TCP_INQ
+    (6, 37),  // TCP_TX_DELAY
+    (6, 44),  // TCP_RTO_MAX_MS
+    (6, 45),  // TCP_RTO_MIN_US
+    (6, 46),  // TCP_DELACK_MAX_US
     (0, 1),   // IP_TOS
     (0, 2),   // IP_TTL
+    (0, 6),   // IP_RECVOPTS
+    (0, 7),   // IP_RETOPTS
+    (0, 8),   // IP_PKTINFO
     (0, 10),  // IP_MTU_DISCOVER
+    (0, 11),  // IP_RECVERR
+    (0, 12),  // IP_RECVTTL
+    (0, 13),  // IP_RECVTOS
     (0, 15),  // IP_FREEBIND
     (0, 19),  // IP_TRANSPARENT
+    (0, 21),  // IP_MINTTL
     (0, 24),  // IP_BIND_ADDRESS_NO_PORT
+    (0, 51),  // IP_LOCAL_PORT_RANGE
     (41, 16), // IPV6_UNICAST_HOPS
+    (41, 23), // IPV6_MTU_DISCOVER
+    (41, 25), // IPV6_RECVERR
     (41, 26), // IPV6_V6ONLY
+    (41, 49), // IPV6_RECVPKTINFO
+    (41, 51), // IPV6_RECVHOPLIMIT
+    (41, 66), // IPV6_RECVTCLASS
     (41, 67), // IPV6_TCLASS
+    (41, 70), // IPV6_AUTOFLOWLABEL
+    (41, 73), // IPV6_MINHOPCOUNT
+    (41, 75), // IPV6_TRANSPARENT
+    (41, 78), // IPV6_FREEBIND
 ];
 /// `SOL_SOCKET`
 pub const SOL_SOCKET: i32 = 1;

@@ -173,8 +173,8 @@ pub(crate) fn open(opener: &mut Opener<'_>, id: DescriptionId) -> Result<OwnedFd
         }
         Kind::Inotify(inotify) => inotify::open(&what, inotify)?,
         Kind::Unix(socket) => unix::open(opener, &what, socket)?,
-        Kind::Inet(socket) => inet::open(&what, socket)?,
         Kind::Mqueue(queue) => mqueue::open(opener, &what, *queue, description.flags)?,
+        Kind::Inet(socket) => inet::open(opener, &what, socket)?,
         Kind::Terminal(terminal) => terminal::open(opener, &what, id, terminal)?,
         Kind::Udp(socket) => udp::open(&what, socket)?,
         Kind::Raw(socket) => raw::open(&what, socket)?,

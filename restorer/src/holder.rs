@@ -1,4 +1,4 @@
-//! Who holds what stands in the way: for error messages only.
+//! Who holds what stands in the way.
 
 use std::net::SocketAddr;
 
@@ -20,13 +20,18 @@ pub(crate) fn of_address(address: SocketAddr, protocol: i32) -> String {
     on_port.find_map(of_socket).unwrap_or_else(|| "another socket".to_owned())
 }
 
-/// The process with a descriptor for socket `inode`.
+/// The process with a descriptor for socket `inode`, as "pid 901 (nginx)".
 pub(crate) fn of_socket(inode: u32) -> Option<String> {
+    let pid = pid_of_socket(inode)?;
+    Some(format!("pid {pid} ({})", process::who_holds(pid.0).unwrap_or_default()))
+}
+
+/// The process with a descriptor for socket `inode`.
+pub(crate) fn pid_of_socket(inode: u32) -> Option<Pid> {
     let link = format!("socket:[{inode}]").into_bytes();
     let pids = std::fs::read_dir("/proc").ok()?.filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
-    pids.map(Pid).find_map(|pid| {
-        let all = fds::list(pid).ok()?;
-        let holds = all.into_iter().any(|fd| fds::readlink(pid, fd).is_ok_and(|l| l == link));
-        holds.then(|| format!("pid {pid} ({})", process::who_holds(pid.0).unwrap_or_default()))
+    pids.map(Pid).find(|pid| {
+        let all = fds::list(*pid).unwrap_or_default();
+        all.into_iter().any(|fd| fds::readlink(*pid, fd).is_ok_and(|l| l == link))
     })
 }

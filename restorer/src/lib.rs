@@ -31,6 +31,7 @@ mod inet;
 mod inode;
 mod inotify;
 mod ip;
+mod kept;
 mod lineage;
 mod lock;
 mod made;
@@ -56,6 +57,7 @@ mod sysv_msg;
 mod sysv_sem;
 mod sysv_shm;
 mod task;
+mod tcp;
 mod terminal;
 #[cfg(test)]
 mod tests;

@@ -30,6 +30,10 @@ pub(crate) struct Opener<'i> {
     pub(crate) mqueues: Vec<crate::mqueue::Queue>,
     /// System V IPC objects that were.
     pub(crate) sysv: crate::sysv::Made,
+    /// TCP sockets that were made, by number, once one was asked for.
+    pub(crate) tcp: Option<HashMap<u32, OwnedFd>>,
+    /// TCP connections to the outside that say nothing until everything stands.
+    pub(crate) silent: Vec<crate::kept::Silent<'i>>,
     /// Names of sockets that were made.
     pub(crate) made: Vec<PathBuf>,
     /// What was made and changed of files.
@@ -56,6 +60,8 @@ impl<'i> Opener<'i> {
             listeners: HashMap::new(),
             mqueues: Vec::new(),
             sysv: crate::sysv::Made::default(),
+            tcp: None,
+            silent: Vec::new(),
             made: Vec::new(),
             files: Made::default(),
             seals: BTreeMap::new(),
@@ -101,9 +107,10 @@ impl<'i> Opener<'i> {
                 Some(name) => format!("unix socket `{}`", name.text().replace('\0', "@")),
                 None => "unix socket".to_owned(),
             },
-            Kind::Inet(socket) => match socket.local {
-                Some(local) => format!("tcp socket {local}"),
-                None => "tcp socket".to_owned(),
+            Kind::Inet(socket) => match (socket.local, socket.connection.as_ref().and_then(|c| c.remote)) {
+                (Some(local), Some(remote)) => format!("tcp socket {local} (to {remote})"),
+                (Some(local), None) => format!("tcp socket {local}"),
+                (None, _) => "tcp socket".to_owned(),
             },
             Kind::Udp(socket) => match socket.local {
                 Some(local) => format!("{} {local}", socket.noun()),
@@ -128,6 +135,7 @@ impl<'i> Opener<'i> {
         self.listeners.clear();
         self.mqueues.clear();
         self.sysv.attached.clear();
+        self.tcp = None;
     }
 
     /// Everything stands: what was made stays.
@@ -136,6 +144,7 @@ impl<'i> Opener<'i> {
         self.files.keep();
         self.sysv.forget();
         self.mqueues.iter_mut().for_each(crate::mqueue::Queue::keep);
+        self.silent.drain(..).for_each(crate::kept::Silent::speak);
     }
 }
 

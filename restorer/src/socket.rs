@@ -68,9 +68,11 @@ pub(crate) fn is_filter_lock(option: &SocketOption) -> bool {
     option.level == libc::SOL_SOCKET && option.name == 44
 }
 
-/// linux/socket.h: `SO_BUF_LOCK`
-fn is_lock(option: &SocketOption) -> bool {
-    option.level == libc::SOL_SOCKET && option.name == 72
+/// linux/socket.h
+pub(crate) const SO_BUF_LOCK: i32 = 72;
+
+pub(crate) fn is_lock(option: &SocketOption) -> bool {
+    option.level == libc::SOL_SOCKET && option.name == SO_BUF_LOCK
 }
 
 pub(crate) fn set_int(fd: &OwnedFd, level: i32, name: i32, value: i32) -> bool {

@@ -3,6 +3,7 @@
 //! Every victim of `tests/victims/` has one kind of state. The victim alone knows what is right: the tests
 //! only start, dump, restore and ask.
 
+mod connections;
 mod faults;
 mod files;
 mod golden;
@@ -24,6 +25,7 @@ fn main() {
     trials.extend(files::trials());
     trials.extend(ipc::trials());
     trials.extend(terminal::trials());
+    trials.extend(connections::trials());
     trials.extend(tree::trials());
     trials.extend(refusals::trials());
     if !torpor_tests::is_root() {

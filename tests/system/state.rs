@@ -26,6 +26,7 @@ const PLAIN: &[(&str, &[&str], &str)] = &[
     ("locks", &[], "flock and POSIX locks"),
     ("unix", &[], "unix sockets"),
     ("tcp", &[], "listening tcp sockets"),
+    ("connections", &[], "tcp connections within the process"),
     ("udp", &[], "udp sockets"),
     ("raw", &[], "raw, packet and ping sockets"),
     ("netlink", &[], "netlink sockets"),

@@ -8,6 +8,7 @@ use torpor_image::inode::Inode;
 use torpor_image::lock::Flock;
 use torpor_image::rules::Rule;
 use torpor_image::task::Task;
+use torpor_image::tcp::{Connection, Peer};
 use torpor_image::unix::{State, UnixSocket};
 use torpor_image::{Bytes, DescriptionId, Image};
 
@@ -77,9 +78,10 @@ fn what(image: &Image, description: &Description) -> String {
         Kind::Unix(socket) => unix(socket),
         Kind::Inet(socket) => {
             let local = socket.local.map_or_else(|| "not bound".to_owned(), |address| address.to_string());
-            match socket.listening {
-                Some(backlog) => format!("listens on {local}, backlog {backlog}"),
-                None => local,
+            match (socket.listening, &socket.connection) {
+                (Some(backlog), _) => format!("listens on {local}, backlog {backlog}"),
+                (None, Some(connection)) => format!("{local}, {}", tcp(connection)),
+                (None, None) => local,
             }
         }
         Kind::Udp(udp) => udp.summary(),
@@ -139,6 +141,24 @@ fn unix(socket: &UnixSocket) -> String {
     let queued: usize = socket.queue.iter().map(|message| message.len()).sum();
     if queued > 0 {
         text.push_str(&format!(", {} queued", output::bytes(queued as u64)));
+    }
+    text
+}
+
+fn tcp(connection: &Connection) -> String {
+    let remote = connection.remote.map_or_else(|| "nobody".to_owned(), |remote| remote.to_string());
+    let mut text = match &connection.peer {
+        Peer::Inside { number } => format!("connected to {remote}, socket:[{number}]"),
+        Peer::Waiting { listener } => format!("waits to be accepted at {remote} by socket:[{listener}]"),
+        Peer::Closed => format!("was connected to {remote}, which was closed"),
+        Peer::Sought => format!("is about to connect to {remote}"),
+        Peer::Over => "its connection is over".to_owned(),
+        Peer::Kept(_) => format!("connected to {remote}, outside"),
+    };
+    for (queue, word) in [(&connection.received, "received"), (&connection.sent, "on the way")] {
+        if !queue.is_empty() {
+            text.push_str(&format!(", {} {word}", output::bytes(queue.len() as u64)));
+        }
     }
     text
 }

@@ -1,0 +1,173 @@
+//! tcp(7), connections to the outside that are kept (`--tcp keep`).
+//!
+//! The peer must notice nothing: no byte may be acknowledged after the socket was read, and no FIN or reset be sent
+//! when its process ends. So each socket gets a filter that drops everything (socket(7), `SO_ATTACH_FILTER`; what is
+//! dropped the peer sends again), is read in repair mode, and is put into that mode once more before the process is
+//! killed: a socket in repair mode is closed silently (net/ipv4/tcp.c, `tcp_disconnect`). Until then a guardian stands
+//! ready to undo all of it. Afterwards it stays, for as long as a peer may have patience: while its sockets exist,
+//! deaf, what the peer sends meets nobody; without them the kernel would answer with a reset. A restore on this
+//! machine ends it; one on another takes over the address as well, and nothing is sent here any more.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use torpor_image::tcp::Kept;
+use torpor_kernel::ids::Pid;
+use torpor_kernel::tcp::{self, state};
+
+use crate::collect::Collector;
+use crate::error::{Error, Result};
+use crate::guardian::{Guardian, Undo};
+use crate::repair;
+use crate::socket;
+use crate::tcp::Socket;
+
+/// What would make a deaf socket give up, and say so to its peer.
+const IMPATIENT: [(i32, i32); 2] =
+    [(libc::SOL_SOCKET, libc::SO_KEEPALIVE), (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT)];
+
+/// Kept connections, deaf until their processes are gone. Dropped, they hear again.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    /// Dropped first.
+    guardian: Guardian,
+    sockets: Vec<OwnedFd>,
+}
+
+/// What a kept connection was.
+#[derive(Debug)]
+pub(crate) struct KeptState {
+    pub(crate) received: Vec<u8>,
+    pub(crate) sent: Vec<u8>,
+    pub(crate) kept: Kept,
+}
+
+impl Hold {
+    /// Makes sockets deaf and reads them, in their order.
+    pub(crate) fn begin<'s>(
+        collector: &mut Collector,
+        sockets: impl Iterator<Item = &'s Socket>,
+    ) -> Result<Option<(Self, Vec<KeptState>)>> {
+        let pid = collector.pid;
+        let sockets: Vec<&Socket> = sockets.collect();
+        let mut undo = Vec::new();
+        let mut fds = Vec::new();
+        for socket in &sockets {
+            collector.turn_to(socket.pid);
+            let fd = &socket.fd;
+            if socket::int_option(fd, libc::SOL_SOCKET, libc::SO_LOCK_FILTER) == Some(1) {
+                let why = "its filter is locked, and only through that a connection can be held";
+                collector.refuse(&socket.title, why, "close the connection, or use --tcp close");
+                return Ok(None);
+            }
+            if repair::urgent(fd) {
+                let why = "urgent data waits to be received";
+                collector.refuse(&socket.title, why, "try again once the program has received it");
+                return Ok(None);
+            }
+            let filter = socket::filter(fd).ok().flatten().unwrap_or_default();
+            undo.push(Undo::filter(fd.as_fd(), &filter));
+            undo.extend(repair::undo(fd));
+            for (level, name) in IMPATIENT {
+                let value = socket::int_option(fd, level, name).unwrap_or(0);
+                undo.push(Undo::number(fd.as_fd(), level, name, value));
+            }
+            let copy = fd.try_clone().map_err(|e| {
+                Error::kernel(pid, format!("holding {}", socket.title))(torpor_kernel::Error::io(
+                    "dup", pid, &e,
+                ))
+            })?;
+            fds.push(copy);
+        }
+        if sockets.is_empty() {
+            return Ok(None);
+        }
+        let start =
+            |e| Error::kernel(pid, "starting a guardian")(torpor_kernel::Error::syscall("clone", pid, e));
+        let hold = Hold { guardian: Guardian::start(&undo).map_err(start)?, sockets: fds };
+        for (fd, socket) in hold.sockets.iter().zip(&sockets) {
+            make_deaf(fd).map_err(Error::kernel(pid, format!("holding {}", socket.title)))?;
+        }
+        settled();
+        let mut states = Vec::new();
+        for socket in &sockets {
+            match repair::in_repair(&socket.fd, |fd| read(fd, socket.state)) {
+                Ok(state) => states.push(state),
+                Err(e) if e.errno() == Some(nix::errno::Errno::EPERM) => {
+                    let why = "a connection can be kept with a privilege only";
+                    collector.refuse(&socket.title, why, "run torpor with CAP_NET_ADMIN, or use --tcp close");
+                    return Ok(None);
+                }
+                Err(e) => return Err(Error::kernel(pid, format!("reading {}", socket.title))(e)),
+            }
+        }
+        Ok(Some((hold, states)))
+    }
+
+    /// Makes sure that the end of the process will not be heard of.
+    pub(crate) fn silence(&self, pid: Pid) -> Result<()> {
+        for fd in &self.sockets {
+            for (level, name) in IMPATIENT {
+                repair::set(fd, level, name, 0).map_err(Error::kernel(pid, "silencing its connections"))?;
+            }
+            tcp::set_repair(fd.as_fd(), 1).map_err(Error::kernel(pid, "silencing its connections"))?;
+        }
+        Ok(())
+    }
+
+    /// The processes are gone.
+    pub(crate) fn over(self) {
+        self.guardian.stay();
+    }
+}
+
+/// Everything of one connection, while it is deaf and in repair mode.
+fn read(fd: &OwnedFd, state: u8) -> torpor_kernel::Result<KeptState> {
+    let info = tcp::info(fd.as_fd())?;
+    let fin = matches!(state, state::FIN_WAIT1 | state::FIN_WAIT2);
+    let window = tcp::window(fd.as_fd())?;
+    let segment = tcp::segment(fd.as_fd())?;
+    let timestamp = if info.timestamps() { Some(tcp::timestamp(fd.as_fd())?) } else { None };
+    let unsent = tcp::unsent(fd.as_fd())?;
+    let (received, receive_sequence) = repair::received(fd)?;
+    let sent = repair::unacknowledged(fd, fin)?;
+    let kept = Kept {
+        send_sequence: sent.end,
+        receive_sequence,
+        unsent: unsent.saturating_sub(u32::from(fin)).min(sent.bytes.len() as u32),
+        window,
+        segment,
+        scale: info.window_scaling().then_some((info.send_scale, info.receive_scale)),
+        sack: info.sack(),
+        timestamp,
+    };
+    Ok(KeptState { received, sent: sent.bytes, kept })
+}
+
+/// Attaches `ret #0`.
+fn make_deaf(fd: &OwnedFd) -> torpor_kernel::Result<()> {
+    let mut nothing = libc::sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: 0 };
+    let program = libc::sock_fprog { len: 1, filter: &raw mut nothing };
+    // SAFETY: a program of one instruction of ours.
+    let set = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const program).cast(),
+            size_of::<libc::sock_fprog>() as libc::socklen_t,
+        )
+    };
+    if set == 0 {
+        Ok(())
+    } else {
+        Err(torpor_kernel::Error::last("setsockopt(SO_ATTACH_FILTER)", fd.as_raw_fd()))
+    }
+}
+
+/// Waits until no cpu is still at a segment that came before the filters (membarrier(2): a global barrier waits for
+/// all readers of the kernel's structures, as filters are).
+fn settled() {
+    const MEMBARRIER_CMD_GLOBAL: i32 = 1;
+    // SAFETY: membarrier takes numbers only.
+    unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+}

@@ -1,0 +1,162 @@
+//! tcp(7), connections whose peer is outside and has noticed nothing.
+//!
+//! The socket is made in repair mode (net/ipv4/tcp.c), where bind and connect only write addresses down and what is
+//! sent is only queued: with the sequence numbers, windows and options of the dumped one. It stays deaf (a filter that
+//! drops everything) and in repair mode until nothing of the restore can fail any more: should it fail, the peer has
+//! heard nothing, and the image can be restored again. [`Silent::speak`] lets it loose.
+
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use torpor_image::inet::InetSocket;
+use torpor_image::tcp::{Connection, Kept};
+use torpor_kernel::ids::Tid;
+use torpor_kernel::tcp::{self, Queue};
+use torpor_kernel::{fds, process, sock_diag};
+
+use crate::error::{Error, Result};
+use crate::{holder, inet, socket};
+
+/// linux/tcp.h, net/tcp.h: `TCPOPT_*`
+const TCPOPT_MSS: u32 = 2;
+const TCPOPT_WINDOW: u32 = 3;
+const TCPOPT_SACK_PERM: u32 = 4;
+const TCPOPT_TIMESTAMP: u32 = 8;
+/// `BPF_RET | BPF_K` with 0, as `struct sock_filter`.
+const DROP_ALL: [u8; 8] = [6, 0, 0, 0, 0, 0, 0, 0];
+/// The name of such a process.
+const GUARDIAN: &[u8] = b"tcp-guardian";
+/// As much goes into a queue at once.
+const CHUNK: usize = 32 << 10;
+/// Bit of [`Connection::shutdown`].
+const SENDING: u8 = 2;
+
+/// A kept connection that has not said anything yet.
+#[derive(Debug)]
+pub(crate) struct Silent<'i> {
+    fd: OwnedFd,
+    what: String,
+    inet: &'i InetSocket,
+}
+
+/// Makes the socket; it is in repair mode afterwards.
+pub(crate) fn make<'i>(
+    what: &str,
+    inet: &'i InetSocket,
+    connection: &Connection,
+    kept: &Kept,
+) -> Result<(OwnedFd, Silent<'i>)> {
+    let fail = |call: &'static str| Error::kernel(format!("{what}: {call}"));
+    let fd = inet::new(what, inet)?;
+    tcp::set_repair(fd.as_fd(), 1).map_err(|e| Error::Permission {
+        what: what.to_owned(),
+        call: "setsockopt(TCP_REPAIR)",
+        errno: e.errno().unwrap_or(Errno::EPERM),
+        remedy: "run torpor with CAP_NET_ADMIN",
+    })?;
+    socket::attach_filter(what, &fd, &DROP_ALL)?;
+    let room = |queue: &[u8]| i32::try_from(queue.len() * 2 + (1 << 20)).unwrap_or(i32::MAX / 2);
+    socket::set_int(&fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, room(&connection.sent));
+    socket::set_int(&fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, room(&connection.received));
+    let (Some(local), Some(remote)) = (inet.local, connection.remote) else {
+        return Err(Error::Open { what: what.to_owned(), call: "connect", errno: Errno::EDESTADDRREQ });
+    };
+    inet::bind(&fd, local, inet.scope).map_err(|e| inet::conflict(what, Some(local), "bind", e))?;
+    let begin = |end: u32, queue: &[u8]| end.wrapping_sub(queue.len() as u32);
+    for (queue, sequence) in [
+        (Queue::Send, begin(kept.send_sequence, &connection.sent)),
+        (Queue::Receive, begin(kept.receive_sequence, &connection.received)),
+    ] {
+        tcp::set_queue(fd.as_fd(), queue).map_err(fail("its queues"))?;
+        tcp::set_sequence(fd.as_fd(), sequence).map_err(fail("its sequence numbers"))?;
+    }
+    // The instant in which neither has the addresses must be short: a segment of the peer would be answered.
+    let relieved = relieve(local, remote);
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        match inet::connect(&fd, remote, connection.scope) {
+            Ok(()) => break,
+            Err(Errno::EADDRNOTAVAIL) if relieved && Instant::now() < deadline => std::thread::yield_now(),
+            Err(e) => return Err(inet::conflict(what, Some(local), "connect", e)),
+        }
+    }
+    let mut agreed = vec![(TCPOPT_MSS, kept.segment)];
+    if let Some((send, receive)) = kept.scale {
+        agreed.push((TCPOPT_WINDOW, u32::from(send) | u32::from(receive) << 16));
+    }
+    if kept.sack {
+        agreed.push((TCPOPT_SACK_PERM, 0));
+    }
+    if let Some(clock) = kept.timestamp {
+        agreed.push((TCPOPT_TIMESTAMP, 0));
+        tcp::set_timestamp(fd.as_fd(), clock).map_err(fail("its timestamps"))?;
+    }
+    tcp::set_agreed(fd.as_fd(), &agreed).map_err(fail("its options"))?;
+    tcp::set_queue(fd.as_fd(), Queue::Receive).map_err(fail("its queues"))?;
+    put(what, &fd, &connection.received)?;
+    tcp::set_queue(fd.as_fd(), Queue::Send).map_err(fail("its queues"))?;
+    let (sent, _) = connection.sent.split_at(connection.sent.len() - kept.unsent as usize);
+    put(what, &fd, sent)?;
+    tcp::set_queue(fd.as_fd(), Queue::None).map_err(fail("its queues"))?;
+    tcp::set_window(fd.as_fd(), kept.window).map_err(fail("its windows"))?;
+    let copy = fd.try_clone().map_err(|e| crate::pipe::io(what, "dup", &e))?;
+    Ok((fd, Silent { fd: copy, what: what.to_owned(), inet }))
+}
+
+/// Ends the guardian that a dump on this machine has left behind to keep the peer from being answered: it has the
+/// addresses. All its sockets are closed with it, silently. Says whether there was one.
+fn relieve(local: SocketAddr, remote: SocketAddr) -> bool {
+    let family = if local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let all = sock_diag::inet_sockets(family, libc::IPPROTO_TCP).unwrap_or_default();
+    let socket = all.into_iter().find(|s| s.local == local && s.remote == remote && s.inode != 0);
+    let Some(pid) = socket.and_then(|s| holder::pid_of_socket(s.inode)) else { return false };
+    let Ok(pidfd) = fds::pidfd_open(pid) else { return false };
+    if process::comm(pid, Tid(pid.0)).is_ok_and(|name| name == GUARDIAN) {
+        // SAFETY: pidfd_send_signal takes numbers, and no siginfo.
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), libc::SIGKILL, 0, 0) == 0 }
+    } else {
+        false
+    }
+}
+
+/// Writes into the chosen queue, or sends.
+fn put(what: &str, fd: &OwnedFd, bytes: &[u8]) -> Result<()> {
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let part = &rest[..rest.len().min(CHUNK)];
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        // SAFETY: send reads `part`.
+        let sent = unsafe { libc::send(fd.as_raw_fd(), part.as_ptr().cast(), part.len(), flags) };
+        match usize::try_from(sent) {
+            Ok(sent) => rest = &rest[sent..],
+            Err(_) => return Err(Error::last(what, "send")),
+        }
+    }
+    Ok(())
+}
+
+impl Silent<'_> {
+    /// Lets the connection go on. Nothing of this is expected to fail; a peer that lost patience will say so itself.
+    pub(crate) fn speak(self) {
+        let Silent { fd, what, inet } = self;
+        let Some(connection) = &inet.connection else { return };
+        if inet.filter.is_empty() {
+            socket::set_int(&fd, libc::SOL_SOCKET, libc::SO_DETACH_FILTER, 0);
+        } else {
+            let _set_again_below = socket::attach_filter(&what, &fd, &inet.filter);
+        }
+        // Switched off in this way it asks the peer where it is.
+        let _cannot_fail = tcp::set_repair(fd.as_fd(), 0);
+        if let torpor_image::tcp::Peer::Kept(kept) = &connection.peer {
+            let at = connection.sent.len() - kept.unsent as usize;
+            let _told_by_the_socket = put(&what, &fd, &connection.sent[at..]);
+        }
+        if connection.shutdown & SENDING != 0 {
+            // SAFETY: shutdown takes numbers only.
+            unsafe { libc::shutdown(fd.as_raw_fd(), libc::SHUT_WR) };
+        }
+        let _set_before = inet::settle(&what, &fd, inet);
+    }
+}
