@@ -32,6 +32,8 @@ pub mod sysv;
 pub mod tcp;
 mod text;
 pub mod timers;
+pub mod tty;
+pub mod tty_queue;
 
 pub use error::{Error, Result};
 pub use ids::{Pid, RemoteAddr, Tid};
