@@ -85,8 +85,9 @@ impl Attached {
         Ok(Attached { waited, before })
     }
 
-    /// Lends the terminal to the process, which must not run yet: it might read from it at once.
-    pub(crate) fn lend_terminal<'t>(&self, pid: i32, terminal: &'t Terminal) -> Lent<'t> {
+    /// Lends the terminal to the process, which must not run yet: it might read from it at once. `front` is the
+    /// process group of its tree that had its terminal at the dump, if that is another than its own.
+    pub(crate) fn lend_terminal<'t>(&self, pid: i32, front: Option<i32>, terminal: &'t Terminal) -> Lent<'t> {
         let pid = Pid::from_raw(pid);
         let same_session = getsid(Some(pid)).is_ok_and(|session| Ok(session) == getsid(None));
         let job = match getpgid(Some(pid)) {
@@ -99,7 +100,8 @@ impl Attached {
             }
             _ => Job::Apart,
         };
-        let lent = Lent { terminal, pid, job, settings: None };
+        let front = front.map(Pid::from_raw).filter(|group| *group != getpgrp());
+        let lent = Lent { terminal, pid, job, front, settings: None };
         lent.lend();
         lent
     }
@@ -167,6 +169,8 @@ pub(crate) struct Lent<'t> {
     terminal: &'t Terminal,
     pid: Pid,
     job: Job,
+    /// The process group of its tree that is to have the terminal, if not its own.
+    front: Option<Pid>,
     /// The settings the process had when it was stopped.
     settings: Option<Termios>,
 }
@@ -174,25 +178,40 @@ pub(crate) struct Lent<'t> {
 impl Lent<'_> {
     /// Lends it, if it is ours to lend; says whether it was.
     fn lend(&self) -> bool {
-        let Job::Own(group) = self.job else { return false };
-        if foreground() != Some(getpgrp()) {
+        let groups = match self.job {
+            Job::Own(group) => [self.front, Some(group)],
+            Job::Ours => [self.front, None],
+            Job::Apart => return false,
+        };
+        if groups == [None, None] || foreground() != Some(getpgrp()) {
             return false;
         }
         if let Some(settings) = &self.settings {
             let _best_effort = tcsetattr(io::stdin(), SetArg::TCSADRAIN, settings);
         }
         // A group whose last process has just ended cannot have it, and needs it no more.
-        tcsetpgrp(io::stdin(), group).is_ok()
+        groups.into_iter().flatten().any(|group| tcsetpgrp(io::stdin(), group).is_ok())
     }
 
     fn take_back(&mut self) {
-        if let Job::Own(group) = self.job
-            && foreground() == Some(group)
+        if self.job != Job::Apart
+            && let Some(group) = foreground()
+            && self.is_of_tree(group)
         {
+            // Whom the tree itself has given the terminal gets it again.
+            self.front = Some(group);
             self.settings = tcgetattr(io::stdin()).ok();
             let _best_effort = tcsetpgrp(io::stdin(), getpgrp());
             self.terminal.restore();
         }
+    }
+
+    /// Whether a process group is of the tree: known as such, or with a member that descends from it.
+    fn is_of_tree(&self, group: Pid) -> bool {
+        if group == getpgrp() {
+            return false;
+        }
+        self.job == Job::Own(group) || self.front == Some(group) || has_descendant_of(group, self.pid)
     }
 
     /// The process was stopped by `signal`: from the keyboard, for reading or writing in the background, or,
@@ -246,6 +265,24 @@ fn stop_ourselves(whom: Pid, signal: Signal) -> bool {
     let _cannot_fail = before.thread_set_mask();
     // What let us go on was a SIGCONT, which is blocked and will be passed on in its turn.
     sent.is_ok() && is_pending(Signal::SIGCONT)
+}
+
+/// Whether a process of `group` descends from `root`.
+fn has_descendant_of(group: Pid, root: Pid) -> bool {
+    let of = |pid: i32| torpor_kernel::stat::of_process(torpor_kernel::Pid(pid)).ok();
+    let members = torpor_kernel::tty::everybody().into_iter().filter_map(|pid| of(pid.0));
+    members.filter(|member| member.pgrp == group.as_raw()).any(|member| {
+        let mut ancestor = Some(member);
+        // As deep as no tree is, should pids be used anew while this looks.
+        for _ in 0..1000 {
+            match ancestor {
+                Some(stat) if stat.pid == root.as_raw() => return true,
+                Some(stat) if stat.ppid > 1 => ancestor = of(stat.ppid),
+                _ => return false,
+            }
+        }
+        false
+    })
 }
 
 fn is_pending(signal: Signal) -> bool {

@@ -89,7 +89,7 @@ fn attach(args: &RestoreArgs, prepared: Prepared<'_>, terminal: &Terminal) -> an
     if args.json {
         announce(args, prepared.pid())?;
     }
-    let lent = attached.lend_terminal(prepared.pid(), terminal);
+    let lent = attached.lend_terminal(prepared.pid(), prepared.foreground(), terminal);
     let pid = prepared.resume(args.stopped).pid();
     pidfile.into_iter().for_each(PidFile::keep);
     attached.wait(pid, lent)

@@ -21,6 +21,7 @@ use torpor_kernel::sock_diag::UnixSocket;
 use crate::error::{Error, Refusal, Result};
 use crate::freeze;
 use crate::scratch::Files;
+use crate::pty::Ptys;
 
 /// Where the bytes of an inode that goes into the image come from.
 #[derive(Debug)]
@@ -57,6 +58,7 @@ pub(crate) struct Collector {
     pub(crate) mqueues: Vec<crate::mqueue::Known>,
     /// What was seen of System V IPC.
     pub(crate) sysv: crate::sysv::State,
+    pub(crate) ptys: Ptys,
     inodes: HashMap<(u64, u64), InodeId>,
     pipes: HashMap<(u64, u64), PipeId>,
     unix: Option<HashMap<u32, UnixSocket>>,
@@ -69,6 +71,7 @@ impl Collector {
             pid,
             live,
             members: BTreeSet::from([pid.0]),
+            ptys: Ptys::default(),
             sockets: HashSet::new(),
             tcp: crate::tcp::Captures::default(),
             pidfds: HashMap::new(),

@@ -26,7 +26,7 @@ use crate::scratch::{self, Files};
 use crate::stage::Stage;
 use crate::survey::{self, Survey};
 use crate::tcp::{self, TcpPolicy};
-use crate::{description, inode, inotify, memory, netlink, sharing, sysv, task, vma};
+use crate::{description, inode, inotify, memory, netlink, pty, sharing, sysv, task, vma};
 
 /// How often the freeze is put off for programs to take in what a dump would lose: 127 ms in all.
 const MOMENTS: u32 = 7;
@@ -179,8 +179,9 @@ impl Target {
                 return Err(stopped.root().died("another process has its pid by now"));
             }
             let unread = |p: &Stopped| inotify::unread(p.living()) || netlink::unread(p.living());
-            let pids = || stopped.processes.iter().map(Stopped::living);
-            if moments < MOMENTS && (stopped.processes.iter().any(unread) || tcp::busy(pids())) {
+            let pids: Vec<Pid> = stopped.processes.iter().map(Stopped::living).collect();
+            let busy = || tcp::busy(pids.iter().copied()) || pty::unread(&pids);
+            if moments < MOMENTS && (stopped.processes.iter().any(unread) || busy()) {
                 stopped.release();
                 std::thread::sleep(std::time::Duration::from_millis(1 << moments));
                 moments += 1;

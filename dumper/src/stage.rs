@@ -43,7 +43,7 @@ impl Stage {
         unsafe {
             libc::madvise(start, length, libc::MADV_HUGEPAGE);
             libc::madvise(start, length, MADV_POPULATE_WRITE);
-            // A guardian has no use for it.
+            // Shared with a child, each page would be copied when it is written (`guardian`).
             libc::madvise(start, length, libc::MADV_DONTFORK);
         }
         Some(Stage { start: start.cast(), length, used: 0 })

@@ -18,7 +18,7 @@ use crate::freeze::Frozen;
 use crate::gadget::Gadgets;
 use crate::inject::{self, Entry};
 use crate::restart::Restarts;
-use crate::{signal, sysv_sem, thread, timer};
+use crate::{signal, sysv_sem, terminal, thread, timer};
 
 /// prctl(2) operations (linux/prctl.h).
 const PR_GET_DUMPABLE: u64 = 3;
@@ -226,6 +226,7 @@ pub(crate) fn collect(
         stop_report: if stopped_by_job_control { stat.exit_code & 0x7f } else { 0 },
         leader_ended: frozen.leader_ended().then_some(stat.exit_code),
         shares: Shares::default(),
+        terminal: terminal::controlling(collector)?,
     };
     Ok(Collected { task, vdso })
 }

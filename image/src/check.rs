@@ -11,11 +11,12 @@ use crate::description::Kind;
 use crate::extent::{Extents, PAGE, Record, Where};
 use crate::inode::Source;
 use crate::manifest::Manifest;
+use crate::pty::Side;
 use crate::read::Image;
 use crate::socket::SocketOption;
 use crate::task::Task;
 use crate::vma::Mapping;
-use crate::{DescriptionId, Error, InodeId, Pid, PipeId, Result};
+use crate::{DescriptionId, Error, InodeId, Pid, PipeId, PtyId, Result};
 
 /// The largest pid Linux gives (include/linux/threads.h, `PID_MAX_LIMIT`).
 const MAX_PID: i32 = 4 << 20;
@@ -189,6 +190,12 @@ fn objects(image: &Image) -> Result<()> {
             return bad(format!("pipe {i} has a packet beyond its data"));
         }
     }
+    let mut masters = BTreeSet::new();
+    for (i, pty) in objects.ptys.iter().enumerate() {
+        if pty.id.0 as usize != i || !pty.is_possible() {
+            return bad(format!("pseudo terminal {i} is misnumbered or impossible"));
+        }
+    }
     for (i, description) in objects.descriptions.iter().enumerate() {
         if description.id.0 as usize != i {
             return bad(format!("description {i} is numbered {}", description.id));
@@ -199,6 +206,14 @@ fn objects(image: &Image) -> Result<()> {
         match &description.kind {
             Kind::File(id) => inode(image, "objects.tpr", *id)?,
             Kind::Pipe(end) => pipe(image, end.pipe)?,
+            Kind::Pty(end) => {
+                pty(image, "objects.tpr", end.pty)?;
+                let closed = objects.ptys[end.pty.0 as usize].ptmx.is_empty();
+                let twice = end.side == Side::Master && !masters.insert(end.pty);
+                if twice || closed && end.side != Side::HungUp {
+                    return bad(format!("description {i} is an impossible end of a pseudo terminal"));
+                }
+            }
             Kind::Epoll(epoll) => {
                 for target in &epoll.targets {
                     self::description(image, "objects.tpr", target.description)?;
@@ -278,6 +293,9 @@ fn task(image: &Image, task: &Task) -> Result<()> {
         }
         last = descriptor.fd;
         description(image, &file, descriptor.description)?;
+    }
+    if let Some(id) = task.terminal.and_then(|t| t.pty) {
+        pty(image, &file, id)?;
     }
     for path in [&task.cwd, &task.root] {
         if path.first() != Some(&b'/') || path.contains(&0) {
@@ -364,6 +382,10 @@ fn is_process(image: &Image, pid: Pid) -> bool {
 
 fn pipe(image: &Image, id: PipeId) -> Result<()> {
     known("objects.tpr", "pipe", id.0, image.objects.pipes.len())
+}
+
+fn pty(image: &Image, file: &str, id: PtyId) -> Result<()> {
+    known(file, "pseudo terminal", id.0, image.objects.ptys.len())
 }
 
 fn description(image: &Image, file: &str, id: DescriptionId) -> Result<()> {

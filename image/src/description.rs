@@ -14,6 +14,7 @@ use crate::netlink::NetlinkSocket;
 use crate::packet::PacketSocket;
 use crate::pidfd::PidFd;
 use crate::pipe::{Pipe, PipeEnd};
+use crate::pty::{Pty, PtyEnd, Side};
 use crate::raw::RawSocket;
 use crate::signalfd::SignalFd;
 use crate::sysv_msg::MessageQueue;
@@ -45,6 +46,9 @@ pub struct Objects {
     /// System V message queues.
     #[serde(default)]
     pub sysv_msg: Vec<MessageQueue>,
+    /// Pairs of pseudo terminals; number N is at index N.
+    #[serde(default)]
+    pub ptys: Vec<Pty>,
 }
 
 /// An open file description: what `dup` and `fork` share.
@@ -88,7 +92,7 @@ pub enum Kind {
     Unix(UnixSocket),
     /// An IPv4 or IPv6 socket.
     Inet(InetSocket),
-    /// A terminal.
+    /// A terminal from outside.
     Terminal(Terminal),
     /// A UDP, UDP-Lite or ping socket.
     Udp(UdpSocket),
@@ -102,6 +106,8 @@ pub enum Kind {
     PidFd(PidFd),
     /// A POSIX message queue.
     Mqueue(MqueueId),
+    /// An end of a pseudo terminal.
+    Pty(PtyEnd),
 }
 
 /// fcntl(F_SETOWN_EX) and F_SETSIG
@@ -135,6 +141,8 @@ impl Kind {
             Kind::Packet(_) => "packet socket",
             Kind::PidFd(_) => "pidfd",
             Kind::Mqueue(_) => "message queue",
+            Kind::Pty(end) if end.side == Side::Master => "pseudo-terminal master",
+            Kind::Pty(_) => "pseudo terminal",
         }
     }
 }

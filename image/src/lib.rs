@@ -32,6 +32,7 @@ pub mod netlink;
 pub mod packet;
 pub mod pidfd;
 pub mod pipe;
+pub mod pty;
 pub mod raw;
 pub mod read;
 pub mod rules;
@@ -86,3 +87,5 @@ id!(/// A pipe or FIFO of this image.
     PipeId(u32));
 id!(/// A POSIX message queue of this image.
     MqueueId(u32));
+id!(/// A pair of pseudo terminals of this image.
+    PtyId(u32));

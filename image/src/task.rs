@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::lock::PosixLock;
 use crate::memory::AddressSpace;
 use crate::signal::ProcessSignals;
+use crate::terminal::ControllingTerminal;
 use crate::thread::Thread;
 use crate::timer::Timers;
 use crate::{Bytes, DescriptionId, Pid};
@@ -60,6 +61,9 @@ pub struct Task {
     /// What it has in common with another process.
     #[serde(default)]
     pub shares: Shares,
+    /// Its controlling terminal.
+    #[serde(default)]
+    pub terminal: Option<ControllingTerminal>,
 }
 
 /// What a process shares with another one that stands before it in the image (clone(2)).

@@ -5,6 +5,7 @@
 //! bytes, exclusive mode and flow are of the end that is asked.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 
 use nix::errno::Errno;
 
@@ -216,13 +217,15 @@ pub struct Held {
 }
 
 /// The ends of the pseudo terminal with this number that processes have open, as far as they may be looked at.
-/// `device` is that of its devpts; masters are found in every devpts.
+/// `device` is that of its devpts.
 pub fn holders(pids: &[Pid], number: u32, device: u64) -> Vec<Held> {
     let mut held = Vec::new();
     for &pid in pids {
         for fd in fds::list(pid).unwrap_or_default() {
             let Ok(link) = readlink(&format!("/proc/{pid}/fd/{fd}")) else { continue };
-            if !link.starts_with(b"/dev/") && !link.windows(4).any(|w| w == b"ptmx" || w == b"/pts") {
+            // Other files are left alone: to look at them may take long.
+            let name = link.rsplit(|b| *b == b'/').next().unwrap_or_default();
+            if name != b"ptmx" && !name.iter().all(u8::is_ascii_digit) {
                 continue;
             }
             let Ok(stat) = fds::stat(pid, fd) else { continue };
@@ -230,14 +233,22 @@ pub fn holders(pids: &[Pid], number: u32, device: u64) -> Vec<Held> {
                 continue;
             }
             let (major, minor) = (libc::major(stat.st_rdev), libc::minor(stat.st_rdev));
-            let master = (major, minor) == PTMX && index(pid, fd) == Some(number);
+            let master = (major, minor) == PTMX
+                && index(pid, fd) == Some(number)
+                && (stat.st_dev == device || pts_beside(&link) == Some(device));
             let slave = SLAVE_MAJORS.contains(&major) && minor == number && stat.st_dev == device;
-            if master || slave && !link.ends_with(b" (deleted)") {
+            if master || slave {
                 held.push(Held { pid, fd, master });
             }
         }
     }
     held
+}
+
+/// The device of the devpts that /dev/ptmx, or another file like it, leads to (fs/devpts/inode.c, `devpts_mntget`).
+pub fn pts_beside(ptmx: &[u8]) -> Option<u64> {
+    let path = std::path::Path::new(std::ffi::OsStr::from_bytes(ptmx));
+    nix::sys::stat::stat(&path.parent()?.join("pts")).ok().map(|stat| stat.st_dev)
 }
 
 /// Every process there is.

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::open::Opener;
 use crate::plan::{Open, Planner};
 use crate::{
-    eventfd, inet, inode, inotify, lock, mqueue, netlink, packet, pidfd, pipe, process_file, raw, signalfd,
+    eventfd, inet, inode, inotify, lock, mqueue, netlink, packet, pidfd, pipe, process_file, pty, raw, signalfd,
     terminal, timerfd, udp, unix,
 };
 
@@ -181,6 +181,7 @@ pub(crate) fn open(opener: &mut Opener<'_>, id: DescriptionId) -> Result<OwnedFd
         Kind::Netlink(socket) => netlink::open(&what, socket)?,
         Kind::Packet(socket) => packet::open(&what, socket)?,
         Kind::PidFd(_) => pidfd::of_nobody(&what)?,
+        Kind::Pty(end) => pty::open(opener, &what, id, end)?,
     };
     if !matches!(description.kind, Kind::Terminal(_)) && description.flags & libc::O_PATH as u32 == 0 {
         settle(&what, &fd, description)?;

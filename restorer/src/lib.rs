@@ -45,6 +45,7 @@ mod pipe;
 mod plan;
 mod print;
 mod process_file;
+mod pty;
 mod raw;
 mod rules;
 mod run;

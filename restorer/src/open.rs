@@ -6,12 +6,14 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use torpor_image::description::Kind;
-use torpor_image::{Bytes, DescriptionId, Image, InodeId, PipeId};
+use torpor_image::{DescriptionId, Image, InodeId, PipeId, PtyId};
 
 use crate::error::{Error, Result};
 use crate::made::Made;
 use crate::pipe::{Ends, io};
 use crate::plan::Open;
+use crate::pty::{self, Pair};
+use crate::terminal::Lent;
 use crate::{description, inode};
 
 /// What has been made so far. Dropped before [`Opener::keep`], names it gave to files are removed again.
@@ -40,8 +42,10 @@ pub(crate) struct Opener<'i> {
     pub(crate) files: Made,
     /// Seals to be set once everything is mapped.
     pub(crate) seals: BTreeMap<InodeId, u32>,
-    /// Terminals and how they are to be set up.
-    pub(crate) terminals: Vec<(OwnedFd, Bytes)>,
+    /// Terminals of ours that the tree gets.
+    pub(crate) terminals: Vec<Lent>,
+    /// Pseudo terminals.
+    pub(crate) ptys: HashMap<PtyId, Pair>,
     pub(crate) progress: Option<&'i (dyn Fn(u64) + Sync)>,
 }
 
@@ -66,6 +70,7 @@ impl<'i> Opener<'i> {
             files: Made::default(),
             seals: BTreeMap::new(),
             terminals: Vec::new(),
+            ptys: HashMap::new(),
             progress,
         }
     }
@@ -84,6 +89,7 @@ impl<'i> Opener<'i> {
                 inode::open(self, &name, *inode, libc::O_RDONLY as u32)
             }
             Open::Data { file } => Ok(self.image.data_file(*file)?.into()),
+            Open::Slave { pty } => pty::slave(self, *pty),
             Open::Zero => File::open("/dev/zero").map(OwnedFd::from).map_err(|e| io("/dev/zero", "open", &e)),
             Open::Directory { path } => nix::fcntl::open(
                 path.path(),
@@ -117,6 +123,9 @@ impl<'i> Opener<'i> {
                 None => socket.noun().to_owned(),
             },
             Kind::Mqueue(id) => format!("message queue `{}`", self.image.objects.mqueues[id.0 as usize].name),
+            Kind::Pty(end) => {
+                format!("{} of {}", kind.noun(), self.image.objects.ptys[end.pty.0 as usize].path)
+            }
             _ => kind.noun().to_owned(),
         };
         for task in &self.image.tasks {
@@ -136,6 +145,7 @@ impl<'i> Opener<'i> {
         self.mqueues.clear();
         self.sysv.attached.clear();
         self.tcp = None;
+        self.ptys.clear();
     }
 
     /// Everything stands: what was made stays.

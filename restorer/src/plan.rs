@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use torpor_image::description::Kind;
 use torpor_image::task::Task;
 use torpor_image::unix::State;
-use torpor_image::{Bytes, DescriptionId, Image, InodeId};
+use torpor_image::{Bytes, DescriptionId, Image, InodeId, PtyId};
 use torpor_parasite::call;
 use torpor_parasite::script::{Placed, Script, Value};
 use torpor_parasite::wire::{Context, STACK, TRAPS};
@@ -24,7 +24,8 @@ use crate::host::Host;
 use crate::lineage::{Lineage, Origin, Role, Stage, Way};
 use crate::vma::Begin;
 use crate::{
-    description, epoll, lock, memory, print, process_file, signal, sysv_sem, sysv_shm, task, thread, timer, vma,
+    description, epoll, lock, memory, print, process_file, signal, sysv_sem, sysv_shm, task, terminal, thread, timer,
+    vma,
 };
 
 /// Bytes before the contexts, for the shared words.
@@ -57,6 +58,8 @@ pub(crate) enum Open {
     Program { inode: InodeId },
     /// A data file of the image.
     Data { file: u32 },
+    /// The slave of a pseudo terminal, whether a task has it open or not.
+    Slave { pty: PtyId },
     /// /dev/zero
     Zero,
     /// A directory.
@@ -87,9 +90,11 @@ impl Planner<'_> {
         Value::Descriptor(slot.0)
     }
 
-    /// Says what will differ from the dump.
+    /// Says what will differ from the dump. Scripts are made twice, and what is said of them is said once.
     pub(crate) fn note(&mut self, note: String) {
-        self.notes.push(note);
+        if !self.notes.contains(&note) {
+            self.notes.push(note);
+        }
     }
 }
 
@@ -267,12 +272,13 @@ fn scripts(
     let begin = begin(planner, place, scratch);
     let mut births = Vec::with_capacity(lineage.nodes.len());
     for (i, node) in lineage.nodes.iter().enumerate() {
-        let session = |_: &mut Script| {};
         let Role::Task(index) = node.role else {
-            births.push(birth::plan(image, host, lineage, i, &contexts, session, |_| {}));
+            births.push(birth::plan(image, host, lineage, i, &contexts, |_| {}, |_| {}));
             continue;
         };
         let task = &image.tasks[index];
+        let terminal = terminal::controlling(planner, task);
+        let session = |script: &mut Script| terminal::take(script, terminal);
         let begins = begins(image, lineage, i);
         let fill = |script: &mut Script| fill(script, planner, task, begins, place, scratch);
         births.push(birth::plan(image, host, lineage, i, &contexts, session, fill));
@@ -365,6 +371,7 @@ fn plan_task(
     if shares.directories.is_none() {
         task::directories(&mut script, planner, task);
     }
+    terminal::give_up(&mut script, planner, task);
     phase("program", script);
 
     let mut script = Script::new();
@@ -398,6 +405,7 @@ fn plan_task(
         thread::plan(&mut script, task, task.leader(), host);
     }
     description::listen_again(&mut script, image, task);
+    terminal::foreground(&mut script, planner, task);
     phase("state", script);
 
     let mut script = Script::new();

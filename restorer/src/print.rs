@@ -37,6 +37,7 @@ pub(crate) fn name(image: &Image, open: &Open) -> String {
                     format!("{} with {} messages", queue.name, queue.messages.len())
                 }
                 Kind::Inotify(i) => format!("{} watches", i.watches.len()),
+                Kind::Pty(end) => image.objects.ptys[end.pty.0 as usize].path.to_string(),
                 _ => String::new(),
             };
             format!("{} {detail}", description.kind.noun()).trim_end().to_owned()
@@ -48,6 +49,9 @@ pub(crate) fn name(image: &Image, open: &Open) -> String {
         }
         Open::Program { inode } => format!("program {}", image.objects.inodes[inode.0 as usize].name()),
         Open::Data { file } => format!("data file {file} of the image"),
+        Open::Slave { pty } => {
+            format!("{} as a controlling terminal", image.objects.ptys[pty.0 as usize].path)
+        }
         Open::Zero => "/dev/zero".to_owned(),
         Open::Directory { path } => format!("directory {path}"),
     }

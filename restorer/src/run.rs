@@ -103,6 +103,11 @@ impl Prepared<'_> {
         self.building.image.tasks[0].pid.0
     }
 
+    /// The process group of the tree that was in the foreground of the terminal it was run on.
+    pub fn foreground(&self) -> Option<i32> {
+        terminal::in_front(self.building.image).map(|group| group.0)
+    }
+
     /// Lets the tree run, or leaves it stopped as by SIGSTOP.
     pub fn resume(mut self, stopped: bool) -> Running {
         let pid = self.pid();
@@ -620,9 +625,7 @@ impl Building<'_> {
         self.opener.keep();
         // Ends of ours would keep the tree from seeing that nobody is at the other end.
         self.opener.let_go();
-        for (fd, termios) in &self.opener.terminals {
-            terminal::set_up(fd, termios);
-        }
+        terminal::set_up(&self.opener);
         if stopped {
             for task in self.image.tasks.iter().filter(|t| !t.stopped) {
                 // SAFETY: kill takes numbers only. The threads take the signal once they are let go.

@@ -154,6 +154,7 @@ fn parts() -> Parts {
         stop_report: 0,
         leader_ended: None,
         shares: Default::default(),
+        terminal: None,
     };
     let manifest = Manifest {
         torpor: "test".into(),

@@ -8,6 +8,7 @@ mod faults;
 mod files;
 mod golden;
 mod ipc;
+mod pty;
 mod refusals;
 mod state;
 mod terminal;
@@ -28,6 +29,7 @@ fn main() {
     trials.extend(connections::trials());
     trials.extend(tree::trials());
     trials.extend(refusals::trials());
+    trials.extend(pty::trials());
     if !torpor_tests::is_root() {
         eprintln!("not root: tests that need it are ignored");
         trials = trials.into_iter().map(|t| t.with_ignored_flag(true)).collect();

@@ -2,16 +2,20 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
-use torpor_tests::{Outcome, Victim, ensure, torpor_command, victim};
+use torpor_kernel::tty;
+use torpor_tests::{Outcome, Victim, ensure, torpor, torpor_command, victim};
 
 pub(crate) fn trials() -> Vec<Trial> {
-    vec![Trial::test("state: a terminal as stdio, restored on another", || Ok(terminal()?))]
+    vec![
+        Trial::test("state: a terminal as stdio, restored on another", || Ok(terminal()?)),
+        Trial::test("state: a job of a shell, restored as one", || Ok(job()?)),
+    ]
 }
 
 /// A terminal and what comes out of it.
@@ -40,6 +44,30 @@ impl Pty {
                 seen: String::new(),
             })
         }
+    }
+
+    fn resize(&self, rows: u16, columns: u16) -> Outcome {
+        tty::set_size(&self.master, [rows, columns, 0, 0]).map_err(|e| e.to_string())
+    }
+
+    /// The process group in its foreground.
+    fn foreground(&self) -> i32 {
+        // SAFETY: takes a number.
+        unsafe { libc::tcgetpgrp(self.master.as_raw_fd()) }
+    }
+
+    /// Waits until a process group is in its foreground.
+    fn until_foreground(&self, group: i32) -> Outcome {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while self.foreground() != group {
+            ensure!(
+                Instant::now() < deadline,
+                "group {} instead of {group} has the terminal",
+                self.foreground()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
     }
 
     /// Makes it the controlling terminal and stdio of a command.
@@ -80,6 +108,7 @@ impl Pty {
 
 fn terminal() -> Outcome {
     let mut first = Pty::open()?;
+    first.resize(24, 80)?;
     let mut subject = Victim::prepare()?;
     let mut command = Command::new(victim("tty")?);
     command.arg(subject.log()).arg(subject.home());
@@ -93,6 +122,7 @@ fn terminal() -> Outcome {
     drop(first);
 
     let mut second = Pty::open()?;
+    second.resize(50, 132)?;
     let mut command = torpor_command(&["restore", image.to_str().ok_or("a path")?]);
     second.give(&mut command)?;
     let before = subject.count()?;
@@ -101,6 +131,7 @@ fn terminal() -> Outcome {
         second.until("count ")?;
         second.type_("q")?;
         second.until("typed q")?;
+        second.until("now 50 x 132")?;
         subject.ticks_from(before, 3)
     })();
     // SAFETY: kill takes numbers; torpor is an unreaped child of ours and passes the signal on.
@@ -114,5 +145,59 @@ fn terminal() -> Outcome {
         }
         std::thread::sleep(Duration::from_millis(5));
     }
+    result
+}
+
+/// What a shell with job control does to run a command.
+const SHELL: &str = "set -m; \"$@\"; echo ended $?";
+
+fn job() -> Outcome {
+    let mut first = Pty::open()?;
+    first.resize(24, 80)?;
+    let mut subject = Victim::prepare()?;
+    let mut command = Command::new("bash");
+    command.args(["-c", SHELL, "-"]).arg(victim("tty")?).arg(subject.log()).arg(subject.home());
+    first.give(&mut command)?;
+    let mut shell = command.spawn().map_err(|e| format!("bash: {e}"))?;
+    let image = (|| {
+        first.until("count 3")?;
+        subject.pid = first.foreground();
+        ensure!(subject.pid != shell.id() as i32, "the job has no group of its own");
+        let image = subject.dump_with(&[])?;
+        first.until("ended 137")?;
+        Ok(image)
+    })();
+    let _gone = shell.kill();
+    let _reaped = shell.wait();
+    let image = image?;
+
+    let mut second = Pty::open()?;
+    second.resize(24, 80)?;
+    let before = tty::termios(&second.slave).map_err(|e| e.to_string())?;
+    let mut command = Command::new("bash");
+    command.args(["-c", SHELL, "-"]).arg(torpor()).arg("restore").arg(&image);
+    second.give(&mut command)?;
+    let count = subject.count()?;
+    let mut shell = command.spawn().map_err(|e| format!("bash: {e}"))?;
+    let result = (|| {
+        second.until_foreground(subject.pid)?;
+        second.until("count ")?;
+        let now = tty::termios(&second.slave).map_err(|e| e.to_string())?;
+        ensure!(now.lflag & libc::ICANON == 0, "its settings did not come with it");
+        second.type_("q")?;
+        second.until("typed q")?;
+        subject.ticks_from(count, 3)?;
+        ensure!(!second.seen.contains("now "), "it was told of a size that is the same: {}", second.seen);
+        second.resize(50, 132)?;
+        second.until("now 50 x 132")?;
+        // The terminal is its own, so that this goes to it.
+        second.type_("\x03")?;
+        second.until("ended 130")?;
+        let after = tty::termios(&second.slave).map_err(|e| e.to_string())?;
+        ensure!(before == after, "settings were {before:?} and are {after:?}");
+        Ok(())
+    })();
+    let _gone = shell.kill();
+    let _reaped = shell.wait();
     result
 }

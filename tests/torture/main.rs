@@ -39,6 +39,9 @@ fn main() {
     trials.push(Trial::test("killed dumps of spinning threads", || {
         Ok(torture_with(&victim("registers")?, number("TORTURE_ROUNDS", 40) / 4 + 1)?)
     }));
+    trials.push(Trial::test("killed dumps of pseudo terminals", || {
+        Ok(torture_with(&victim("pty")?, number("TORTURE_ROUNDS", 40) / 4 + 1)?)
+    }));
     trials.push(Trial::test("killed dumps of restartable sequences and calls", || {
         torture_with(&victim("rseq")?, number("TORTURE_ROUNDS", 40) / 4 + 1)?;
         Ok(torture_with(&victim("syscalls")?, number("TORTURE_ROUNDS", 40) / 4 + 1)?)
@@ -163,7 +166,7 @@ impl Subject {
         let mut dump = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(fs::File::create("/tmp/ttyx/err").map_err(|e| e.to_string())?)
             .spawn()
             .map_err(|e| e.to_string())?;
         while begin.elapsed() < moment {

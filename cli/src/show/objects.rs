@@ -7,6 +7,7 @@ use torpor_image::description::{Description, Kind};
 use torpor_image::inode::Inode;
 use torpor_image::lock::Flock;
 use torpor_image::rules::Rule;
+use torpor_image::pty::{Pty, PtyEnd, Side};
 use torpor_image::task::Task;
 use torpor_image::tcp::{Connection, Peer};
 use torpor_image::unix::{State, UnixSocket};
@@ -99,7 +100,26 @@ fn what(image: &Image, description: &Description) -> String {
             let (rows, columns) = terminal.size;
             format!("{}, {columns} x {rows}", terminal.path)
         }
+        Kind::Pty(end) => {
+            objects.ptys.get(end.pty.0 as usize).map_or_else(String::new, |pty| self::pty(pty, end))
+        }
     }
+}
+
+fn pty(pty: &Pty, end: &PtyEnd) -> String {
+    let of = if end.path == pty.path { String::new() } else { format!(" of {}", pty.path) };
+    if end.side == Side::HungUp {
+        return format!("{}, hung up", end.path);
+    }
+    let typed = pty.lines.iter().map(|line| line.len()).sum::<usize>() + pty.unfinished.len();
+    format!(
+        "{}{of}, {} x {}, {} written and {} typed not read",
+        end.path,
+        pty.size[1],
+        pty.size[0],
+        output::bytes(pty.output.len() as u64),
+        output::bytes(typed as u64)
+    )
 }
 
 fn capacity(bytes: u32) -> String {
