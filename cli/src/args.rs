@@ -94,6 +94,14 @@ pub struct DumpArgs {
     /// Like a rule `truncate GLOB`, after those of --files; may be repeated
     #[arg(long, value_name = "GLOB")]
     pub truncate_files: Vec<String>,
+    /// What to do about unix sockets whose other end is not part of the dump, which is refused else
+    ///
+    /// `reconnect`: the restore connects them anew to the address of their peer, and fails if nobody listens
+    /// there. `closed`: after the restore the peer is gone. PATTERN is compared with the address of the
+    /// peer; `*` stands for anything, and an abstract address begins with `@`. May be given again; the first
+    /// that fits holds.
+    #[arg(long, value_name = "POLICY[:PATTERN]")]
+    pub external_unix: Vec<torpor_dumper::ExternalUnix>,
     /// Print nothing but errors
     #[arg(short, long)]
     pub quiet: bool,
@@ -276,6 +284,7 @@ mod tests {
             &["dump", "--leave-running", "--leave-stopped", "1", "d"][..],
             &["restore", "--plan", "--detach", "d"],
             &["restore", "--plan", "--pidfile", "p", "d"],
+            &["dump", "--external-unix", "reset", "1", "d"],
         ] {
             assert!(Cli::try_parse_from([&["torpor"], wrong].concat()).is_err(), "{wrong:?}");
         }

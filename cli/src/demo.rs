@@ -14,11 +14,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, mkdtemp};
 use serde::Serialize;
-use torpor_dumper::Rules;
 use torpor_image::Image;
 
 use crate::args::DemoArgs;
-use crate::dump::{Afterwards, Summary, dump};
+use crate::dump::{Afterwards, Summary, dump, Choices};
 use crate::exit::{Exit, Failure};
 use crate::{check, output, restore, show};
 
@@ -67,7 +66,7 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<Exit> {
          $ torpor dump {pid} {}\n\n",
         dir.display()
     ))?;
-    let summary = dump(pid, &dir, Afterwards::Ended, false, dump::Choices::default())?;
+    let summary = dump(pid, &dir, Afterwards::Ended, false, Choices::default())?;
     counter.bury()?;
     let image = Image::open(&dir)?;
     say(&indented(&show::head(&image)?))?;

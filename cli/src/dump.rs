@@ -7,7 +7,7 @@ use clap::CommandFactory;
 use clap::error::ErrorKind;
 use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
-use torpor_dumper::{Destination, Options, Rule, Rules, Target, TcpPolicy};
+use torpor_dumper::{Destination, ExternalUnix, Options, Rule, Rules, Target, TcpPolicy};
 use torpor_image::manifest::Times;
 
 use crate::args::{Cli, DumpArgs, Tcp};
@@ -28,6 +28,7 @@ pub(crate) enum Afterwards {
 pub(crate) struct Choices {
     pub(crate) rules: Rules,
     pub(crate) tcp: TcpPolicy,
+    pub(crate) external_unix: Vec<ExternalUnix>,
 }
 
 /// What was dumped.
@@ -64,7 +65,7 @@ pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
         Tcp::Close => TcpPolicy::Close,
         Tcp::Keep => TcpPolicy::Keep,
     };
-    let choices = Choices { rules: rules(args)?, tcp };
+    let choices = Choices { rules: rules(args)?, tcp, external_unix: args.external_unix.clone() };
     let summary = dump(args.pid, &args.dir, afterwards, args.fsync, choices)?;
     if !args.quiet {
         for lost in &summary.not_captured {
@@ -107,7 +108,7 @@ pub(crate) fn dump(
     fsync: bool,
     choices: Choices,
 ) -> anyhow::Result<Summary> {
-    let target = Target::find_with(pid, choices.tcp)?;
+    let target = Target::find_with(pid, choices.tcp, &choices.external_unix)?;
     let destination = Destination::create(dir, fsync)?;
     let survey = target.survey();
     let progress = Progress::new("dumping", survey.resident());
@@ -118,6 +119,7 @@ pub(crate) fn dump(
     options.tcp = choices.tcp;
     options.progress = Some(&add);
     options.files = choices.rules;
+    options.external_unix = &choices.external_unix;
 
     let held = Held::begin();
     let cancel = Held::wants_end;

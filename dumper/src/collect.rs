@@ -5,7 +5,7 @@
 //! calls [`Collector::refuse`] and goes on, so that one run names everything.
 
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::os::fd::{AsFd, OwnedFd};
 
 use torpor_image::description::Objects;
@@ -13,7 +13,7 @@ use torpor_image::extent::Extents;
 use torpor_image::inode::{Inode, Source};
 use torpor_image::pipe::Pipe;
 use torpor_image::rules::Rule;
-use torpor_image::{Bytes, InodeId, PipeId};
+use torpor_image::{Bytes, DescriptionId, InodeId, PipeId};
 use torpor_kernel::fds;
 use torpor_kernel::ids::Pid;
 use torpor_kernel::sock_diag::UnixSocket;
@@ -34,6 +34,17 @@ pub(crate) enum Content {
     Attached(torpor_kernel::sysv::Attached),
 }
 
+/// A description that was met, by a descriptor for it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Known {
+    pub(crate) pid: Pid,
+    pub(crate) fd: i32,
+    /// Device and number of its inode.
+    pub(crate) inode: (u64, u64),
+    /// `None` where it was refused.
+    pub(crate) id: Option<DescriptionId>,
+}
+
 /// The state of a collection.
 #[derive(Debug)]
 pub(crate) struct Collector {
@@ -49,10 +60,12 @@ pub(crate) struct Collector {
     pub(crate) contents: Vec<(InodeId, Content)>,
     /// How files with a name are used.
     pub(crate) files: Files,
-    /// Inode numbers of the sockets that members have descriptors for.
-    pub(crate) sockets: HashSet<u32>,
     /// TCP sockets met so far.
     pub(crate) tcp: crate::tcp::Captures,
+    /// What is known of sockets and their queues.
+    pub(crate) sockets: crate::unix::Sockets,
+    /// Descriptions met so far.
+    pub(crate) known: Vec<Known>,
     pidfds: HashMap<Pid, OwnedFd>,
     /// POSIX message queues met so far.
     pub(crate) mqueues: Vec<crate::mqueue::Known>,
@@ -62,6 +75,7 @@ pub(crate) struct Collector {
     inodes: HashMap<(u64, u64), InodeId>,
     pipes: HashMap<(u64, u64), PipeId>,
     unix: Option<HashMap<u32, UnixSocket>>,
+    unaccepted: Vec<UnixSocket>,
 }
 
 impl Collector {
@@ -72,8 +86,9 @@ impl Collector {
             live,
             members: BTreeSet::from([pid.0]),
             ptys: Ptys::default(),
-            sockets: HashSet::new(),
             tcp: crate::tcp::Captures::default(),
+            sockets: crate::unix::Sockets::default(),
+            known: Vec::new(),
             pidfds: HashMap::new(),
             objects: Objects::default(),
             refusals: Vec::new(),
@@ -85,6 +100,7 @@ impl Collector {
             inodes: HashMap::new(),
             pipes: HashMap::new(),
             unix: None,
+            unaccepted: Vec::new(),
         }
     }
 
@@ -98,9 +114,9 @@ impl Collector {
         self.members.contains(&pid)
     }
 
-    /// Whether a process of the tree has a descriptor for socket `inode`.
+    /// Whether a process of the tree has a descriptor for socket `inode`, or it is on its way to one.
     pub(crate) fn owns_socket(&self, inode: u32) -> bool {
-        self.sockets.contains(&inode)
+        self.sockets.owns(inode)
     }
 
     /// A descriptor of ours for the same description as `fd` of process `pid`, which may be this one.
@@ -186,7 +202,9 @@ impl Collector {
         if self.unix.is_none() {
             let all = torpor_kernel::sock_diag::unix_sockets()
                 .map_err(Error::kernel(self.pid, "listing unix sockets"))?;
-            self.unix = Some(all.into_iter().map(|s| (s.inode, s)).collect());
+            let (accepted, unaccepted) = all.into_iter().partition(|s| s.inode != 0);
+            self.unaccepted = unaccepted;
+            self.unix = Some(<Vec<UnixSocket>>::into_iter(accepted).map(|s| (s.inode, s)).collect());
         }
         Ok(self.unix.as_ref().and_then(|all| all.get(&inode)).cloned())
     }
@@ -196,6 +214,20 @@ impl Collector {
         self.unix_socket(client)?;
         let all = self.unix.as_ref().map(HashMap::values).into_iter().flatten();
         Ok(all.into_iter().find(|s| s.pending.contains(&client)).cloned())
+    }
+
+    /// The ends that were not accepted yet of connections to the name of a listening Unix socket.
+    pub(crate) fn unaccepted(&mut self, name: &[u8]) -> Result<Vec<UnixSocket>> {
+        self.unix_socket(0)?;
+        Ok(self.unaccepted.iter().filter(|s| s.name.as_deref() == Some(name)).cloned().collect())
+    }
+
+    /// Whether a Unix socket listens at this address.
+    pub(crate) fn listens(&mut self, name: &[u8]) -> Result<bool> {
+        const LISTEN: u8 = 10;
+        self.unix_socket(0)?;
+        let mut all = self.unix.as_ref().map(HashMap::values).into_iter().flatten();
+        Ok(all.any(|s| s.state == LISTEN && s.name.as_deref() == Some(name)))
     }
 }
 

@@ -13,7 +13,7 @@ use torpor_kernel::fdinfo::{Detail, FdInfo, LockKind};
 use torpor_kernel::fds::{self, KcmpType};
 use torpor_kernel::ids::Pid;
 
-use crate::collect::Collector;
+use crate::collect::{Collector, Known};
 use crate::error::{Error, Result};
 use crate::{
     anon, epoll, eventfd, inet, inode, inotify, mqueue, netlink, packet, pidfd, pipe, raw, signalfd,
@@ -29,7 +29,7 @@ const O_CLOEXEC: u32 = 0o2_000_000;
 /// One descriptor, as far as it is known before its kind is.
 #[derive(Debug)]
 pub(crate) struct Found {
-    /// In whose descriptor table it is.
+    /// In whose descriptor table it is; torpor's own for what was found in flight.
     pub(crate) pid: Pid,
     pub(crate) fd: i32,
     pub(crate) link: Vec<u8>,
@@ -40,7 +40,12 @@ pub(crate) struct Found {
 impl Found {
     /// "fd 7 (pipe:[123])"
     pub(crate) fn title(&self) -> String {
-        format!("fd {} ({})", self.fd, String::from_utf8_lossy(&self.link))
+        let link = String::from_utf8_lossy(&self.link);
+        if self.pid == Pid::this() {
+            format!("in flight ({link})")
+        } else {
+            format!("fd {} ({link})", self.fd)
+        }
     }
 
     /// The file type bits.
@@ -81,7 +86,7 @@ fn closed(error: &torpor_kernel::Error) -> bool {
     error.is_gone() || error.errno() == Some(nix::errno::Errno::EBADF)
 }
 
-fn look_at(pid: Pid, fd: i32) -> torpor_kernel::Result<Found> {
+pub(crate) fn look_at(pid: Pid, fd: i32) -> torpor_kernel::Result<Found> {
     Ok(Found {
         pid,
         fd,
@@ -96,10 +101,10 @@ fn look_at(pid: Pid, fd: i32) -> torpor_kernel::Result<Found> {
 pub(crate) fn collect(collector: &mut Collector, all: Vec<Vec<Found>>) -> Result<Vec<Table>> {
     let counts: Vec<usize> = all.iter().map(Vec::len).collect();
     let all: Vec<Found> = all.into_iter().flatten().collect();
-    let sockets = all.iter().filter(|f| f.file_type() == SFlag::S_IFSOCK).map(|f| f.stat.st_ino as u32);
-    collector.sockets.extend(sockets);
+    unix::scan(collector, &all)?;
+    let flight = unix::flight(collector);
     let mut ends: HashMap<(u64, u64), Vec<&Found>> = HashMap::new();
-    for found in all.iter().filter(|f| f.file_type() == SFlag::S_IFIFO) {
+    for found in all.iter().chain(&flight).filter(|f| f.file_type() == SFlag::S_IFIFO) {
         ends.entry((found.stat.st_dev, found.stat.st_ino)).or_default().push(found);
     }
     let owner = same_description(collector, &all)?;
@@ -136,6 +141,12 @@ pub(crate) fn collect(collector: &mut Collector, all: Vec<Vec<Found>>) -> Result
         tables.push(table);
         next += count;
     }
+    for (i, found) in all.iter().enumerate().filter(|(i, _)| owner[*i] == *i) {
+        let inode = (found.stat.st_dev, found.stat.st_ino);
+        let id = ids.get(&i).copied().flatten();
+        collector.known.push(Known { pid: found.pid, fd: found.fd, inode, id });
+    }
+    unix::resolve(collector, &ends)?;
     let known: Vec<(Pid, i32, DescriptionId)> =
         all.iter().enumerate().filter_map(|(i, f)| Some((f.pid, f.fd, ids[&owner[i]]?))).collect();
     for (id, i) in sets {
@@ -144,6 +155,42 @@ pub(crate) fn collect(collector: &mut Collector, all: Vec<Vec<Found>>) -> Result
         collector.objects.descriptions[id.0 as usize].kind = Kind::Epoll(targets);
     }
     Ok(tables)
+}
+
+impl Collector {
+    /// The description behind a descriptor of torpor's own, which it got from a queue; `None` when it was
+    /// refused. The descriptor must stay open: those that come later are compared with it. `ends` are those of
+    /// pipes and FIFOs, by inode.
+    pub(crate) fn describe_own(
+        &mut self,
+        ends: &HashMap<(u64, u64), Vec<&Found>>,
+        fd: &OwnedFd,
+    ) -> Result<Option<DescriptionId>> {
+        let this = Pid::this();
+        let raw = fd.as_raw_fd();
+        let found = look_at(this, raw).map_err(Error::kernel(self.pid, "reading a descriptor in flight"))?;
+        let inode = (found.stat.st_dev, found.stat.st_ino);
+        for known in self.known.iter().filter(|k| k.inode == inode) {
+            // A running process may have closed it since.
+            let order = fds::kcmp(known.pid, this, KcmpType::File, known.fd as u64, raw as u64);
+            if order.is_ok_and(|order| order == Ordering::Equal) {
+                return Ok(known.id);
+            }
+        }
+        // For a while torpor is the process being looked at.
+        let theirs = std::mem::replace(&mut self.pid, this);
+        let id = describe(self, ends, &found);
+        self.pid = theirs;
+        let id = id?;
+        if let Detail::Epoll(targets) = &found.info.detail
+            && !targets.is_empty()
+        {
+            let why = "an epoll set that no process has open";
+            self.refuse(found.title(), why, "try again once it is received");
+        }
+        self.known.push(Known { pid: this, fd: raw, inode, id });
+        Ok(id)
+    }
 }
 
 /// For each descriptor the first one with the same description, of whichever process. Candidates have the same

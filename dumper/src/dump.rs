@@ -26,7 +26,8 @@ use crate::scratch::{self, Files};
 use crate::stage::Stage;
 use crate::survey::{self, Survey};
 use crate::tcp::{self, TcpPolicy};
-use crate::{description, inode, inotify, memory, netlink, pty, sharing, sysv, task, vma};
+use crate::unix::ExternalUnix;
+use crate::{description, inode, inotify, memory, netlink, pty, sharing, sysv, task, unix, vma};
 
 /// How often the freeze is put off for programs to take in what a dump would lose: 127 ms in all.
 const MOMENTS: u32 = 7;
@@ -58,6 +59,8 @@ pub struct Options<'a> {
     pub progress: Option<&'a (dyn Fn(u64) + Sync)>,
     /// Asked now and then whether to give up, from several threads.
     pub cancel: Option<&'a (dyn Fn() -> bool + Sync)>,
+    /// What shall become of Unix sockets whose peers are not part of the dump; the first that fits.
+    pub external_unix: &'a [ExternalUnix],
 }
 
 impl Options<'_> {
@@ -118,13 +121,13 @@ impl Target {
     /// Looks at a process, at all below it and at everything they own without stopping anything; refuses what a
     /// dump would lose.
     pub fn find(pid: i32) -> Result<Self> {
-        Self::find_with(pid, TcpPolicy::Refuse)
+        Self::find_with(pid, TcpPolicy::Refuse, &[])
     }
 
-    /// As [`Target::find`], for a dump with this policy about TCP connections.
-    pub fn find_with(pid: i32, tcp: TcpPolicy) -> Result<Self> {
+    /// The same, with what shall become of TCP connections and Unix sockets whose peers are not part of the dump.
+    pub fn find_with(pid: i32, tcp: TcpPolicy, external_unix: &[ExternalUnix]) -> Result<Self> {
         let root = Pid(pid);
-        let (survey, maps) = survey::survey(root, tcp)?;
+        let (survey, maps) = survey::survey(root, tcp, external_unix)?;
         if !survey.refusals.is_empty() {
             return Err(Error::Refused { pid: root, refusals: survey.refusals });
         }
@@ -178,9 +181,10 @@ impl Target {
             if stat::of_process(self.root).is_ok_and(|s| s.starttime != self.started) {
                 return Err(stopped.root().died("another process has its pid by now"));
             }
+            let unaccepted = |all: &FrozenTree| unix::unaccepted(all.processes.iter().map(Stopped::living));
             let unread = |p: &Stopped| inotify::unread(p.living()) || netlink::unread(p.living());
             let pids: Vec<Pid> = stopped.processes.iter().map(Stopped::living).collect();
-            let busy = || tcp::busy(pids.iter().copied()) || pty::unread(&pids);
+            let busy = || tcp::busy(pids.iter().copied()) || pty::unread(&pids) || unaccepted(&stopped);
             if moments < MOMENTS && (stopped.processes.iter().any(unread) || busy()) {
                 stopped.release();
                 std::thread::sleep(std::time::Duration::from_millis(1 << moments));
@@ -308,6 +312,7 @@ fn capture<'s>(
 
     let mut collector = Collector::new(stopped.root().living(), false);
     (collector.tcp.policy, collector.tcp.runs_on) = (options.tcp, options.runs_on);
+    collector.sockets.rules = options.external_unix.to_vec();
     collector.members = stopped.processes.iter().map(|p| p.pid().0).collect();
     collector.files = Files::new(options.files.clone(), root)?;
     let shares = sharing::collect(&stopped.processes)?;
@@ -445,7 +450,7 @@ impl Captured<'_> {
 
 /// Surveys a process without stopping it: what a dump would take, lose or refuse.
 pub fn check(pid: i32) -> Result<Survey> {
-    survey::survey(Pid(pid), TcpPolicy::Refuse).map(|(survey, _)| survey)
+    survey::survey(Pid(pid), TcpPolicy::Refuse, &[]).map(|(survey, _)| survey)
 }
 
 fn host(vdso: Bytes) -> Host {

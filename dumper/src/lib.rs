@@ -76,3 +76,4 @@ pub use rules::{RuleError, Rules};
 pub use survey::{Descriptor, Process, Survey};
 pub use tcp::TcpPolicy;
 pub use torpor_image::rules::Rule;
+pub use unix::{ExternalUnix, Policy};

@@ -27,7 +27,8 @@ pub(crate) fn collect(collector: &mut Collector, all: &[&Found], found: &Found) 
     let writer = ends().find(|f| mode(f) != libc::O_RDONLY as u32);
     if reader.is_none() || writer.is_none() {
         let other = if reader.is_none() { "read" } else { "written" };
-        if has_other_end(&found.get(collector)?) {
+        // What is on its way in queues shows in full only when the process stands.
+        if !collector.sockets.unseen() && has_other_end(&found.get(collector)?) {
             collector.refuse(
                 found.title(),
                 format!("it is {other} by another process, which is not part of the dump"),

@@ -10,6 +10,7 @@ use torpor_kernel::{process, status};
 
 use crate::collect::{Collector, stat_path};
 use crate::error::{Error, Refusal, Result};
+use crate::unix::ExternalUnix;
 use crate::{description, freeze, mqueue, sysv, task, tcp, vma};
 
 /// What a dump of a tree would find.
@@ -81,14 +82,18 @@ impl Survey {
 const LOOKS: u32 = 3;
 
 /// Looks at a tree that runs. Gives the memory maps of its processes, too.
-pub(crate) fn survey(root: Pid, policy: tcp::TcpPolicy) -> Result<(Survey, Vec<(Pid, Vec<Mapping>)>)> {
-    let (mut survey, mut maps) = look(root, policy)?;
+pub(crate) fn survey(
+    root: Pid,
+    policy: tcp::TcpPolicy,
+    external_unix: &[ExternalUnix],
+) -> Result<(Survey, Vec<(Pid, Vec<Mapping>)>)> {
+    let (mut survey, mut maps) = look(root, policy, external_unix)?;
     for _ in 1..LOOKS {
         if survey.refusals.is_empty() || survey.processes.len() == 1 {
             break;
         }
         let before = std::mem::take(&mut survey.refusals);
-        (survey, maps) = look(root, policy)?;
+        (survey, maps) = look(root, policy, external_unix)?;
         survey.refusals.retain(|r| before.contains(r));
     }
     Ok((survey, maps))
@@ -116,11 +121,16 @@ fn vforks(found: &Members) -> Vec<Refusal> {
     all.into_iter().map(|(pid, tid)| freeze::vfork(pid, tid)).collect()
 }
 
-fn look(root: Pid, policy: tcp::TcpPolicy) -> Result<(Survey, Vec<(Pid, Vec<Mapping>)>)> {
+fn look(
+    root: Pid,
+    policy: tcp::TcpPolicy,
+    external_unix: &[ExternalUnix],
+) -> Result<(Survey, Vec<(Pid, Vec<Mapping>)>)> {
     let mut found = members(root)?;
     let vforks = vforks(&found);
     let mut collector = Collector::new(root, true);
     collector.tcp.policy = policy;
+    collector.sockets.rules = external_unix.to_vec();
     collector.members = found.living.iter().map(|(pid, _)| pid.0).collect();
     let mut tables = Vec::new();
     found.living.retain(|&(pid, _)| {
@@ -142,7 +152,7 @@ fn look(root: Pid, policy: tcp::TcpPolicy) -> Result<(Survey, Vec<(Pid, Vec<Mapp
         Err(e) if has_ended(collector.pid) && collector.pid != root => {
             // Once more without the one that has ended meanwhile.
             let _gone = e;
-            return look(root, policy);
+            return look(root, policy, external_unix);
         }
         Err(e) => return Err(e),
     };

@@ -222,6 +222,10 @@ fn objects(image: &Image) -> Result<()> {
             Kind::Unix(unix) if !unix.options.iter().all(SocketOption::is_known) => {
                 return bad(format!("description {i} has an impossible socket option"));
             }
+            Kind::Unix(unix) if unix.damage(objects.descriptions.len()).is_some() => {
+                let what = unix.damage(objects.descriptions.len()).unwrap_or_default();
+                return bad(format!("description {i}, a unix socket, has {what}"));
+            }
             Kind::Inet(inet) if !inet.options.iter().all(SocketOption::is_known) => {
                 return bad(format!("description {i} has an impossible socket option"));
             }

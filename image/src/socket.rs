@@ -60,7 +60,10 @@ pub const SOCKET_OPTIONS: &[i32] = &[
     70, // SO_BUSY_POLL_BUDGET
     74, // SO_TXREHASH
     75, // SO_RCVMARK
+    76, // SO_PASSPIDFD
     82, // SO_RCVPRIORITY
+    83, // SO_PASSRIGHTS
+    84, // SO_INQ
 ];
 /// The same of TCP, by level and name.
 pub const TCP_OPTIONS: &[(i32, i32)] = &[

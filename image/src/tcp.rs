@@ -127,6 +127,7 @@ mod tests {
             position: 0,
             owner: None,
             flock: None,
+            ofd_locks: Vec::new(),
             kind: Kind::Inet(InetSocket {
                 number: *number,
                 family: 2,

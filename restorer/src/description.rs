@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use torpor_image::description::{Description, Kind};
 use torpor_image::lock::Flock;
 use torpor_image::task::Task;
-use torpor_image::unix::State;
+use torpor_image::unix::{PeerCredentials, State};
 use torpor_image::{DescriptionId, Image};
 use torpor_parasite::call;
 use torpor_parasite::script::{OpId, Script, Value};
@@ -117,13 +117,19 @@ pub(crate) fn owners(script: &mut Script, planner: &mut Planner<'_>, task: &Task
     }
 }
 
-/// Makes listening Unix sockets tell the task's credentials to those who connect: listen(2) takes those of its
-/// caller, also when it is called again (net/unix/af_unix.c, `unix_listen`). The task has its own by now.
+/// Makes the listening Unix sockets that the task made listen tell its credentials to those who connect:
+/// listen(2) takes those of its caller, also when it is called again (net/unix/af_unix.c, `unix_listen`). The
+/// task has its own by now.
 pub(crate) fn listen_again(script: &mut Script, image: &Image, task: &Task) {
+    let own = &task.leader().credentials;
+    let as_now = |p: &PeerCredentials| {
+        p.pid == task.pid.0 && p.uid == own.uids[1] && p.gid == own.gids[1] && p.groups == own.groups
+    };
     for descriptor in &task.descriptors {
         let description = &image.objects.descriptions[descriptor.description.0 as usize];
         if let Kind::Unix(unix) = &description.kind
             && let State::Listening { backlog } = unix.state
+            && unix.peer_credentials.as_ref().is_none_or(as_now)
         {
             let purpose = format!("the credentials of fd {}", descriptor.fd);
             call!(script, purpose, libc::SYS_listen, descriptor.fd, backlog);
@@ -142,18 +148,26 @@ pub(crate) fn close_others(script: &mut Script, task: &Task) {
     }
 }
 
-/// In which order descriptions are made: what others connect to first; watches last, lest they see
-/// torpor's own doings.
+/// In which order descriptions are made: watches last, lest they see torpor's own doings.
 fn rank(description: &Description) -> u8 {
     match &description.kind {
-        Kind::Unix(socket) => match socket.state {
-            State::Listening { .. } => 1,
-            State::Connected { .. } => 2,
-            State::Waiting { .. } => 3,
-            _ => 0,
-        },
         Kind::Inotify(_) => 5,
         _ => 0,
+    }
+}
+
+/// What no task has open, but is on its way to one in the queue of a socket, must be made, too.
+pub(crate) fn in_flight(planner: &mut Planner<'_>) {
+    let image = planner.image;
+    let mut wanted: Vec<DescriptionId> = Vec::new();
+    for description in &image.objects.descriptions {
+        if let Kind::Unix(unix) = &description.kind {
+            wanted.extend(unix.attached.iter().flat_map(|a| a.rights.iter().copied()));
+        }
+    }
+    wanted.sort_by_key(|id| (rank(&image.objects.descriptions[id.0 as usize]), *id));
+    for id in wanted {
+        planner.open(Open::Description(id));
     }
 }
 

@@ -24,10 +24,6 @@ pub(crate) struct Opener<'i> {
     pub(crate) pipes: HashMap<PipeId, Ends>,
     /// Inodes whose contents were in the image.
     pub(crate) inodes: HashMap<InodeId, OwnedFd>,
-    /// Unix sockets that were made together with another, by number.
-    pub(crate) sockets: HashMap<u32, OwnedFd>,
-    /// Listening unix sockets, by number.
-    pub(crate) listeners: HashMap<u32, OwnedFd>,
     /// POSIX message queues that were made or found.
     pub(crate) mqueues: Vec<crate::mqueue::Queue>,
     /// System V IPC objects that were.
@@ -36,6 +32,8 @@ pub(crate) struct Opener<'i> {
     pub(crate) tcp: Option<HashMap<u32, OwnedFd>>,
     /// TCP connections to the outside that say nothing until everything stands.
     pub(crate) silent: Vec<crate::kept::Silent<'i>>,
+    /// Unix sockets.
+    pub(crate) unix: crate::unix::Made,
     /// Names of sockets that were made.
     pub(crate) made: Vec<PathBuf>,
     /// What was made and changed of files.
@@ -60,12 +58,11 @@ impl<'i> Opener<'i> {
             accept_changed,
             pipes: HashMap::new(),
             inodes: HashMap::new(),
-            sockets: HashMap::new(),
-            listeners: HashMap::new(),
             mqueues: Vec::new(),
             sysv: crate::sysv::Made::default(),
             tcp: None,
             silent: Vec::new(),
+            unix: crate::unix::Made::default(),
             made: Vec::new(),
             files: Made::default(),
             seals: BTreeMap::new(),
@@ -140,12 +137,11 @@ impl<'i> Opener<'i> {
     pub(crate) fn let_go(&mut self) {
         self.pipes.clear();
         self.inodes.clear();
-        self.sockets.clear();
-        self.listeners.clear();
         self.mqueues.clear();
         self.sysv.attached.clear();
         self.tcp = None;
         self.ptys.clear();
+        self.unix = crate::unix::Made::default();
     }
 
     /// Everything stands: what was made stays.

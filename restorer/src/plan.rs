@@ -209,6 +209,7 @@ pub fn plan(image: &Image, host: &Host, options: &Options) -> Result<Plan> {
     planner.opens.clear();
     let scripts = self::scripts(&mut planner, &lineage, place, &scratch, options)?;
 
+    description::in_flight(&mut planner);
     let names = planner.opens.iter().map(|o| print::name(image, o)).collect();
     let titles = lineage.nodes.iter().map(|node| match node.role {
         Role::Task(task) => image.tasks[task].title(),
@@ -470,7 +471,7 @@ fn notes(planner: &mut Planner<'_>) {
             ));
         }
     }
-    let connected = |d: &torpor_image::description::Description| matches!(&d.kind, Kind::Unix(u) if !matches!(u.state, State::Idle | State::Listening { .. }));
+    let connected = |d: &torpor_image::description::Description| matches!(&d.kind, Kind::Unix(u) if u.peer_credentials.is_none() && u.is_connection() && !matches!(u.state, State::Idle | State::Listening { .. }));
     if image.objects.descriptions.iter().any(connected) {
         let what = "its connected unix sockets tell torpor's credentials as their peers' (SO_PEERCRED)";
         planner.note(format!("{title}: {what}"));

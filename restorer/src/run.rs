@@ -1,7 +1,7 @@
 //! Running a plan: building the tasks, stopped, until nothing can fail any more; then letting them go.
 
 use std::marker::PhantomData;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -17,8 +17,8 @@ use crate::birth::{self, word};
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::open::Opener;
-use crate::plan::{Layout, Plan, SHARED, TaskPlan, layout, plan};
-use crate::{directory, inode, mqueue, rules, sysv, terminal};
+use crate::plan::{Layout, Open, Plan, SHARED, TaskPlan, layout, plan};
+use crate::{directory, inode, mqueue, rules, sysv, terminal, unix};
 
 /// How often a plan is made anew when its place in our memory was taken meanwhile.
 const ATTEMPTS: u32 = 8;
@@ -75,8 +75,11 @@ pub fn prepare<'i>(
     directory::make(&mut building.opener)?;
     sysv::make(&mut building.opener)?;
     let fds = plan_.opens.iter().map(|open| building.opener.open(open)).collect::<Result<Vec<_>>>()?;
+    let slot = |id| plan_.opens.iter().position(|o| *o == Open::Description(id));
+    let slots = |id| slot(id).map(|slot| fds[slot].as_fd());
+    unix::deliver_all(&mut building.opener, &slots)?;
     match Arena::map(plan_.place, &title)? {
-        Some(arena) => building.build(plan_, arena, &fds)?,
+        Some(arena) => building.build(plan_, arena, &fds, &slots)?,
         None => {
             // Another restore of this process, or its own memory, has the place by now.
             let mut attempts = ATTEMPTS;
@@ -84,7 +87,7 @@ pub fn prepare<'i>(
                 let host = Host::probe()?;
                 let again = plan(image, &host, &plan_.options)?;
                 if let Some(arena) = Arena::map(again.place, &title)? {
-                    building.build(&again, arena, &fds)?;
+                    building.build(&again, arena, &fds, &slots)?;
                     break;
                 }
                 attempts -= 1;
@@ -132,10 +135,16 @@ struct Seat<'p> {
 }
 
 impl Building<'_> {
-    fn build(&mut self, plan: &Plan, mut arena: Arena, fds: &[OwnedFd]) -> Result<()> {
+    fn build(
+        &mut self,
+        plan: &Plan,
+        mut arena: Arena,
+        fds: &[OwnedFd],
+        slots: unix::Slots<'_>,
+    ) -> Result<()> {
         let layout = layout(&plan.begin, &plan.births, &plan.makers, &plan.tasks);
         self.fill(plan, &layout, &mut arena, fds);
-        let built = self.build_in(plan, &layout, &mut arena);
+        let built = self.build_in(plan, &layout, &mut arena, slots);
         if built.is_err() {
             self.take_down(plan, &layout, &mut arena);
         }
@@ -159,8 +168,15 @@ impl Building<'_> {
         }
     }
 
-    fn build_in(&mut self, plan: &Plan, layout: &Layout, arena: &mut Arena) -> Result<()> {
+    fn build_in(
+        &mut self,
+        plan: &Plan,
+        layout: &Layout,
+        arena: &mut Arena,
+        slots: unix::Slots<'_>,
+    ) -> Result<()> {
         self.give_birth(plan, layout, arena)?;
+        unix::deliver_credentials(&mut self.opener, slots)?;
         let count = plan.tasks.first().map_or(0, |t| t.phases.len());
         for phase in 0..count {
             for task in 0..plan.tasks.len() {

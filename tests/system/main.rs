@@ -13,6 +13,7 @@ mod refusals;
 mod state;
 mod terminal;
 mod tree;
+mod unix;
 
 use libtest_mimic::Arguments;
 
@@ -28,6 +29,7 @@ fn main() {
     trials.extend(terminal::trials());
     trials.extend(connections::trials());
     trials.extend(tree::trials());
+    trials.extend(unix::trials());
     trials.extend(refusals::trials());
     trials.extend(pty::trials());
     if !torpor_tests::is_root() {

@@ -25,6 +25,8 @@ const PLAIN: &[(&str, &[&str], &str)] = &[
     ("inotify", &[], "inotify watches"),
     ("locks", &[], "flock and POSIX locks"),
     ("unix", &[], "unix sockets"),
+    ("flight", &[], "what is on its way in unix sockets"),
+    ("peers", &[], "who is at the other end of unix sockets"),
     ("tcp", &[], "listening tcp sockets"),
     ("connections", &[], "tcp connections within the process"),
     ("udp", &[], "udp sockets"),

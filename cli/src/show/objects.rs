@@ -153,6 +153,11 @@ fn unix(socket: &UnixSocket) -> String {
         State::Connected { peer } => format!("connected to socket:[{peer}]"),
         State::Waiting { listener } => format!("waits to be accepted by socket:[{listener}]"),
         State::Orphaned => "its peer is gone".to_owned(),
+        State::Towards { peer } => format!("sends to socket:[{peer}]"),
+        State::Outside => match &socket.peer_name {
+            Some(name) => format!("to be connected anew to {}", unix_name(name)),
+            None => "to be connected anew".to_owned(),
+        },
     };
     let mut text = format!("socket:[{}], {kind}, {state}", socket.number);
     if let Some(name) = socket.name.as_ref().filter(|name| !name.is_empty()) {
@@ -161,6 +166,10 @@ fn unix(socket: &UnixSocket) -> String {
     let queued: usize = socket.queue.iter().map(|message| message.len()).sum();
     if queued > 0 {
         text.push_str(&format!(", {} queued", output::bytes(queued as u64)));
+    }
+    let rights: usize = socket.attached.iter().map(|a| a.rights.len()).sum();
+    if rights > 0 {
+        text.push_str(&format!(", {rights} descriptors in flight"));
     }
     text
 }
@@ -225,14 +234,10 @@ mod tests {
     #[test]
     fn a_unix_socket_in_words() {
         let mut socket = UnixSocket {
-            number: 7,
-            kind: libc::SOCK_STREAM,
             state: State::Connected { peer: 8 },
             name: Some(Bytes(b"\0abstract".to_vec())),
-            file: None,
             queue: vec![Bytes(b"12".to_vec()), Bytes(b"3".to_vec())],
-            shutdown: 0,
-            options: Vec::new(),
+            ..UnixSocket::new(7, libc::SOCK_STREAM)
         };
         assert_eq!(unix(&socket), "socket:[7], stream, connected to socket:[8], @abstract, 3 B queued");
         socket.state = State::Orphaned;
