@@ -17,7 +17,7 @@ use serde::Serialize;
 use torpor_image::Image;
 
 use crate::args::DemoArgs;
-use crate::dump::{Afterwards, Summary, dump, Choices};
+use crate::dump::{Afterwards, Choices, Summary, dump};
 use crate::exit::{Exit, Failure};
 use crate::{check, output, restore, show};
 

@@ -20,8 +20,8 @@ use torpor_kernel::sock_diag::UnixSocket;
 
 use crate::error::{Error, Refusal, Result};
 use crate::freeze;
-use crate::scratch::Files;
 use crate::pty::Ptys;
+use crate::scratch::Files;
 
 /// Where the bytes of an inode that goes into the image come from.
 #[derive(Debug)]

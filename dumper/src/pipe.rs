@@ -7,6 +7,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use torpor_image::description::Kind;
 use torpor_image::pipe::{Packet, Pipe, PipeEnd};
 use torpor_image::{Bytes, InodeId};
+use torpor_kernel::fds;
+use torpor_kernel::ids::Pid;
 
 use crate::collect::Collector;
 use crate::description::Found;
@@ -28,7 +30,11 @@ pub(crate) fn collect(collector: &mut Collector, all: &[&Found], found: &Found) 
     if reader.is_none() || writer.is_none() {
         let other = if reader.is_none() { "read" } else { "written" };
         // What is on its way in queues shows in full only when the process stands.
-        if !collector.sockets.unseen() && has_other_end(&found.get(collector)?) {
+        let silent = named && writer.is_none();
+        if !collector.sockets.unseen()
+            && has_other_end(&found.get(collector)?)
+            && !(silent && !others_have(collector, found))
+        {
             collector.refuse(
                 found.title(),
                 format!("it is {other} by another process, which is not part of the dump"),
@@ -71,6 +77,22 @@ fn has_other_end(fd: &OwnedFd) -> bool {
     let _ready = poll(&mut poll_fd, PollTimeout::ZERO);
     let alone = PollFlags::POLLHUP | PollFlags::POLLERR;
     !poll_fd[0].revents().is_some_and(|r| r.intersects(alone))
+}
+
+/// Whether a process outside of the tree has a FIFO open. A reader is told of a hang-up only if there ever was a writer
+/// (fs/pipe.c, `pipe_poll`), so one that nobody has ever written to looks as if somebody would. Processes that we may
+/// not look at are not seen.
+fn others_have(collector: &Collector, found: &Found) -> bool {
+    let pids = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = pids.filter_map(|e| e.file_name().to_str()?.parse().ok());
+    let same = |pid: Pid, fd: i32| {
+        fds::readlink(pid, fd).is_ok_and(|link| link == found.link)
+            && fds::stat(pid, fd)
+                .is_ok_and(|s| (s.st_dev, s.st_ino) == (found.stat.st_dev, found.stat.st_ino))
+    };
+    pids.filter(|pid| !collector.is_member(*pid) && *pid != Pid::this().0)
+        .map(Pid)
+        .any(|pid| fds::list(pid).is_ok_and(|all| all.into_iter().any(|fd| same(pid, fd))))
 }
 
 /// Copies what is in a pipe without taking it out, and tells packets from the stream.

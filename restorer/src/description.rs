@@ -15,8 +15,8 @@ use crate::error::{Error, Result};
 use crate::open::Opener;
 use crate::plan::{Open, Planner};
 use crate::{
-    eventfd, inet, inode, inotify, lock, mqueue, netlink, packet, pidfd, pipe, process_file, pty, raw, signalfd,
-    terminal, timerfd, udp, unix,
+    eventfd, inet, inode, inotify, lock, mqueue, netlink, packet, pidfd, pipe, process_file, pty, raw,
+    signalfd, terminal, timerfd, udp, unix,
 };
 
 /// asm-generic/fcntl.h

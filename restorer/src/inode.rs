@@ -117,10 +117,7 @@ fn make(opener: &mut Opener<'_>, what: &str, inode: &Inode) -> Result<OwnedFd> {
     let fd = match &inode.source {
         Source::Memfd { name, seals, .. } => memfd(opener, what, inode.id, name, *seals)?,
         Source::Deleted { path, .. } => deleted(what, path, inode)?,
-        Source::Path { .. }
-        | Source::Process { .. }
-        | Source::SharedMemory { .. }
-        | Source::SysV { .. } => {
+        Source::Path { .. } | Source::Process { .. } | Source::SharedMemory { .. } | Source::SysV { .. } => {
             return Err(Error::Open { what: what.to_owned(), call: "open", errno: Errno::EINVAL });
         }
     };

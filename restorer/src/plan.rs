@@ -24,8 +24,8 @@ use crate::host::Host;
 use crate::lineage::{Lineage, Origin, Role, Stage, Way};
 use crate::vma::Begin;
 use crate::{
-    description, epoll, lock, memory, print, process_file, signal, sysv_sem, sysv_shm, task, terminal, thread, timer,
-    vma,
+    description, epoll, lock, memory, print, process_file, signal, sysv_sem, sysv_shm, task, terminal,
+    thread, timer, vma,
 };
 
 /// Bytes before the contexts, for the shared words.
