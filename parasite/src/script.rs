@@ -175,6 +175,11 @@ impl Script {
         self.data(&bytes)
     }
 
+    /// What lies in the data area so far.
+    pub fn bytes(&self, data: Data) -> &[u8] {
+        &self.data[data.offset as usize..][..data.len as usize]
+    }
+
     /// Reserves zeroed bytes for results, aligned to 8.
     pub fn reserve(&mut self, len: usize) -> Data {
         let offset = self.data.len().next_multiple_of(8);

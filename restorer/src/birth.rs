@@ -5,6 +5,9 @@
 //! its first instruction; once it has no memory but that, it makes the others, and they theirs, as
 //! [`crate::lineage`] says. Nobody goes on before all are born, since groups can be joined only when their
 //! leaders are there, and stand-ins end only when nobody needs them any more.
+//!
+//! Orphans come to their parents before that, one after the other: the parent is the only subreaper for the time in which
+//! the one that made the orphan ends. Only then those become subreapers that are to be.
 
 use nix::errno::Errno;
 use torpor_blob::ENTRY;
@@ -13,7 +16,7 @@ use torpor_image::task::Task;
 use torpor_image::zombie::Zombie;
 use torpor_kernel::process;
 use torpor_parasite::call;
-use torpor_parasite::script::{Script, Value};
+use torpor_parasite::script::{OpId, Script, Value};
 use torpor_parasite::wire::STACK;
 
 use crate::error::{Error, Result};
@@ -34,6 +37,11 @@ pub(crate) mod word {
     pub(crate) const JOINED: u32 = 3;
     /// 1: all processes are traced.
     pub(crate) const TRACED: u32 = 4;
+    /// Steps that orphans have made on the way to their parents, [`TURN`] for each.
+    pub(crate) const TURNS: u32 = 5;
+    /// The orphan no longer dies with the one that made it; its parent is a subreaper; the one that made it has
+    /// ended; the parent is no subreaper any more.
+    pub(crate) const TURN: u32 = 4;
 }
 
 const PR_SET_CHILD_SUBREAPER: u64 = 36;
@@ -41,11 +49,35 @@ const PR_SET_NAME: u64 = 15;
 /// sched.h, asm-generic/resource.h
 const RLIMIT_CORE: u64 = 4;
 
-/// Which contexts of the arena belong to whom.
+/// A process of no particular pid that is only there for the time of the restore.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Helper {
+    /// Makes this orphan.
+    Maker(usize),
+    /// Keeps the group of this process, which goes to another one, until all are in it that are to be.
+    Keeper(usize),
+}
+
+/// The helpers of a restore, each with its context in the arena.
 #[derive(Clone, Debug)]
-pub(crate) struct Contexts {
-    /// Of those that end at once after they made an orphan, by the orphan's number.
-    pub(crate) makers: Vec<(usize, u32)>,
+pub(crate) struct Helpers(pub(crate) Vec<(Helper, u32)>);
+
+impl Helpers {
+    /// Everyone that a restore needs, with contexts from `first` on.
+    pub(crate) fn of(lineage: &Lineage, first: u32) -> Self {
+        let makers = lineage.turns.iter().map(|i| Helper::Maker(*i));
+        let left = (0..lineage.nodes.len()).filter(|i| lineage.left_own_group(*i));
+        Helpers(makers.chain(left.map(Helper::Keeper)).zip(first..).collect())
+    }
+
+    fn context(&self, helper: Helper) -> u32 {
+        self.0.iter().find(|h| h.0 == helper).map_or(0, |h| h.1)
+    }
+
+    /// The script of each.
+    pub(crate) fn scripts(&self, lineage: &Lineage) -> Vec<Script> {
+        self.0.iter().map(|(helper, _)| self::helper(lineage, *helper)).collect()
+    }
 }
 
 /// The script of node `i` from its first instruction on. `fill` adds what makes its memory complete, where
@@ -55,33 +87,37 @@ pub(crate) fn plan(
     host: &Host,
     lineage: &Lineage,
     i: usize,
-    contexts: &Contexts,
+    helpers: &Helpers,
     session: impl FnOnce(&mut Script),
     fill: impl FnOnce(&mut Script),
 ) -> Script {
     let mut script = Script::new();
     let node = &lineage.nodes[i];
-    if node.origin.is_some_and(|o| o.way != Way::Orphan) {
+    if i != 0 {
         die_with_parent(&mut script);
     }
-    if let Role::Task(task) = node.role
-        && image.tasks[task].child_subreaper
-    {
-        let args = [Value::Number(PR_SET_CHILD_SUBREAPER), Value::Number(1)];
-        script.call("the subreaper attribute", libc::SYS_prctl, &args);
-    }
-    let spawn_all = |script: &mut Script, stage| {
+    let mut makers = Vec::new();
+    let mut spawn_all = |script: &mut Script, stage| {
         for (child, way) in lineage.made_by(i, stage) {
-            spawn(script, image, lineage, child, way, contexts);
+            if way == Way::Orphan {
+                makers.push((child, spawn_helper(script, lineage, Helper::Maker(child), helpers)));
+            } else {
+                spawn(script, image, lineage, child, way);
+            }
         }
     };
     spawn_all(&mut script, Stage::Early);
+    let left_own_group = lineage.left_own_group(i);
+    let mut keeper = None;
     if node.leads_session() {
         call!(script, "a session of its own", libc::SYS_setsid);
-    } else if node.leads_group() {
+    } else if node.leads_group() || left_own_group {
         call!(script, "a process group of its own", libc::SYS_setpgid, 0, 0);
     }
     session(&mut script);
+    if left_own_group {
+        keeper = Some(spawn_helper(&mut script, lineage, Helper::Keeper(i), helpers));
+    }
     spawn_all(&mut script, Stage::Bare);
     if lineage.made_by(i, Stage::Filled).next().is_some() {
         fill(&mut script);
@@ -89,10 +125,20 @@ pub(crate) fn plan(
     }
     script.wake("being born", word::BORN);
     script.wait("the birth of all", word::BORN, lineage.born());
+    turns(&mut script, lineage, i, &makers);
+    if let Role::Task(task) = node.role
+        && image.tasks[task].child_subreaper
+    {
+        if !lineage.turns.is_empty() {
+            let steps = word::TURN * lineage.turns.len() as u32;
+            script.wait("orphans being with their parents", word::TURNS, steps);
+        }
+        subreaper(&mut script, true);
+    }
     if !node.leads_group() && !node.stand_in() {
         match lineage.outside_group {
             // The root is in it from its birth.
-            Some(group) if group == node.pgid && i == 0 => {}
+            Some(group) if group == node.pgid && i == 0 && !left_own_group => {}
             Some(group) if group == node.pgid => {
                 call!(script, "torpor's process group", libc::SYS_setpgid, 0, host.pgid);
             }
@@ -104,6 +150,9 @@ pub(crate) fn plan(
     if !node.stand_in() {
         script.wake("being in its group", word::JOINED);
     }
+    if let Some(keeper) = keeper {
+        await_end(&mut script, "the end of a process that kept a group", keeper);
+    }
     match node.role {
         Role::Task(_) => script.wait("being traced", word::TRACED, 1),
         Role::Zombie(zombie) => {
@@ -113,10 +162,61 @@ pub(crate) fn plan(
         }
         Role::Session | Role::Group => {
             script.wait("all being in their groups", word::JOINED, lineage.staying());
+            collect_stand_ins(&mut script, lineage, i);
             call!(script, "ending", libc::SYS_exit_group, 0);
         }
     }
     script
+}
+
+/// What a process does so that orphans come to their parents: as the orphan, as its parent, or as the one that
+/// made the one that made it.
+fn turns(script: &mut Script, lineage: &Lineage, i: usize, makers: &[(usize, OpId)]) {
+    for (orphan, turn) in lineage.turns.iter().zip(0u32..) {
+        let node = &lineage.nodes[*orphan];
+        let maker = makers.iter().find(|m| m.0 == *orphan);
+        if *orphan != i && node.parent != Some(i) && maker.is_none() {
+            continue;
+        }
+        let first = turn * word::TURN;
+        let purpose = format!("the turn of pid {}", node.pid);
+        let wait = |script: &mut Script, steps| script.wait(purpose.clone(), word::TURNS, first + steps);
+        if *orphan == i {
+            wait(script, 0);
+            let live = [Value::from(libc::PR_SET_PDEATHSIG), 0.into()];
+            script.call("not dying with its parent", libc::SYS_prctl, &live);
+            script.wake(purpose.clone(), word::TURNS);
+        }
+        let parent = node.parent == Some(i);
+        if parent {
+            wait(script, 1);
+            subreaper(script, true);
+            script.wake(purpose.clone(), word::TURNS);
+        }
+        if let Some((_, maker)) = maker {
+            await_end(script, "the end of a process that made another", *maker);
+            script.wake(purpose.clone(), word::TURNS);
+        }
+        if *orphan == i {
+            wait(script, 3);
+            die_with_parent(script);
+        }
+        if parent {
+            wait(script, 3);
+            subreaper(script, false);
+            script.wake(purpose.clone(), word::TURNS);
+        }
+    }
+}
+
+fn subreaper(script: &mut Script, on: bool) {
+    let args = [Value::Number(PR_SET_CHILD_SUBREAPER), u64::from(on).into()];
+    script.call("the subreaper attribute", libc::SYS_prctl, &args);
+}
+
+fn await_end(script: &mut Script, purpose: &'static str, made: OpId) {
+    let args = [Value::Result(made), 0.into(), libc::__WALL.into(), 0.into()];
+    script.call(purpose, libc::SYS_wait4, &args);
 }
 
 /// Should its parent die before it is traced, the new process must not wait for ever.
@@ -125,19 +225,8 @@ pub(crate) fn die_with_parent(script: &mut Script) {
     script.call("dying with its parent", libc::SYS_prctl, &die);
 }
 
-fn spawn(script: &mut Script, image: &Image, lineage: &Lineage, child: usize, way: Way, contexts: &Contexts) {
+fn spawn(script: &mut Script, image: &Image, lineage: &Lineage, child: usize, way: Way) {
     let node = &lineage.nodes[child];
-    if way == Way::Orphan {
-        let maker = contexts.makers.iter().find(|m| m.0 == child).map_or(0, |m| m.1);
-        let mut args = [0u64; CLONE_ARGS / 8];
-        args[4] = libc::SIGCHLD as u64;
-        let args = script.words(&args);
-        let purpose = format!("a process that makes pid {}", node.pid);
-        let made = script.spawn(purpose.clone(), args, maker, STACK, None);
-        let args = [Value::Result(made), 0.into(), libc::__WALL.into(), 0.into()];
-        script.call(purpose, libc::SYS_wait4, &args);
-        return;
-    }
     let mut flags = if way == Way::Sibling { libc::CLONE_PARENT as u64 } else { 0 };
     if let Role::Task(task) = node.role {
         let shares = image.tasks[task].shares;
@@ -162,11 +251,32 @@ fn make(script: &mut Script, pid: i32, flags: u64, exit_signal: i32, context: u3
     script.spawn(format!("pid {pid}"), args, context, STACK, Some(i64::from(pid)));
 }
 
-/// The script of a process that makes an orphan and ends.
-pub(crate) fn maker(lineage: &Lineage, orphan: usize) -> Script {
+fn spawn_helper(script: &mut Script, lineage: &Lineage, helper: Helper, helpers: &Helpers) -> OpId {
+    let mut args = [0u64; CLONE_ARGS / 8];
+    args[4] = libc::SIGCHLD as u64;
+    let args = script.words(&args);
+    let purpose = match helper {
+        Helper::Maker(orphan) => format!("a process that makes pid {}", lineage.nodes[orphan].pid),
+        Helper::Keeper(leader) => format!("a process that keeps group {}", lineage.nodes[leader].pid),
+    };
+    script.spawn(purpose, args, helpers.context(helper), STACK, None)
+}
+
+/// The script of a helper.
+fn helper(lineage: &Lineage, helper: Helper) -> Script {
     let mut script = Script::new();
-    let node = &lineage.nodes[orphan];
-    make(&mut script, node.pid, 0, node.exit_signal, orphan as u32);
+    die_with_parent(&mut script);
+    match helper {
+        Helper::Maker(orphan) => {
+            let node = &lineage.nodes[orphan];
+            make(&mut script, node.pid, 0, node.exit_signal, orphan as u32);
+            let turn = lineage.turns.iter().position(|i| *i == orphan).unwrap_or(0) as u32;
+            script.wait("the turn of its child", word::TURNS, word::TURN * turn + 2);
+        }
+        Helper::Keeper(_) => {
+            script.wait("all being in their groups", word::JOINED, lineage.staying());
+        }
+    }
     call!(script, "ending", libc::SYS_exit_group, 0);
     script
 }
@@ -179,17 +289,18 @@ pub(crate) fn collect_children(script: &mut Script, lineage: &Lineage, i: usize)
         let purpose = format!("the end of pid {}, a zombie", node.pid);
         let how = libc::WEXITED | libc::WNOWAIT | libc::__WALL;
         call!(script, purpose, libc::SYS_waitid, libc::P_PID, node.pid, info, how, 0);
-        if node.exit_signal != 0 {
-            signals.push(node.exit_signal);
-        }
+        signals.push(node.exit_signal);
     }
-    signals.extend(lineage.made_by(i, Stage::Bare).filter(|m| m.1 == Way::Orphan).map(|_| libc::SIGCHLD));
+    let made = [Stage::Early, Stage::Bare].into_iter().flat_map(|stage| lineage.made_by(i, stage));
+    if made.into_iter().any(|(_, way)| way == Way::Orphan) || lineage.left_own_group(i) {
+        signals.push(libc::SIGCHLD);
+    }
     forget(script, &signals);
 }
 
-/// Takes pending signals away.
+/// Takes pending signals away. A process whose end is not told by any has exit signal 0.
 pub(crate) fn forget(script: &mut Script, signals: &[i32]) {
-    for signal in signals {
+    for signal in signals.iter().filter(|s| **s != 0) {
         let set = script.words(&[1u64 << (signal - 1)]);
         let zero = script.words(&[0, 0]);
         let args = [set.into(), 0.into(), zero.into(), 8.into()];

@@ -1,18 +1,24 @@
 //! Who makes whom: how processes come to have the parents, sessions and process groups they had.
 //!
 //! A new process is in the session and group of the one that makes it (fork(2)). It may make a session or
-//! group of its own, or join a group of its session (setsid(2), setpgid(2)); it can never join a session. So a process in
-//! a session that its parent is not in must have been made by somebody who was in it:
+//! group of its own, or join a group of its session (setsid(2), setpgid(2)); it can never join a session. So a
+//! *stray*, a process in a session that is neither its parent's nor its own, must have been made by somebody
+//! who was in it:
 //!
 //! - by its parent, before that made a session of its own ([`Stage::Early`]);
 //! - by another child of its parent, on whose behalf `CLONE_PARENT` gives it the same parent (clone(2));
-//! - by a child of such a process that ends at once, which leaves it to the nearest subreaper
-//!   (PR_SET_CHILD_SUBREAPER).
+//! - by a child of such a process that ends, which leaves it to the nearest subreaper
+//!   (PR_SET_CHILD_SUBREAPER): its parent is that for a moment, whatever it is later.
+//!
+//! [`place`] finds out where leaders and parents of strays are born, so that all of this is possible.
 //!
 //! A session or group whose leader has ended exists for as long as it has members. Its number is made again by a
-//! stand-in with that pid, which ends when the members are there.
+//! stand-in with that pid, which ends when the members are there. A group whose leader lives in another one by
+//! now is kept by a process of no particular pid for as long.
 
-use std::collections::BTreeMap;
+mod place;
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use torpor_image::Image;
 
@@ -97,6 +103,10 @@ impl Node {
 #[derive(Clone, Debug)]
 pub(crate) struct Lineage {
     pub(crate) nodes: Vec<Node>,
+    /// Those that are made as orphans, in the order in which they come to their parents.
+    pub(crate) turns: Vec<usize>,
+    /// Leaders of groups who are in other ones by now.
+    deserters: BTreeSet<usize>,
     /// Session of the root when it is not in the image: the restoring process's own stands for it.
     pub(crate) outside_session: Option<i32>,
     /// The same for its process group.
@@ -121,72 +131,136 @@ impl Lineage {
             nodes.push(node(Role::Zombie(i), zombie.pid.0, parent, ids, zombie.exit_signal));
         }
         let outside = |id: i32| (!by_pid.contains_key(&id)).then_some(id);
-        let mut lineage =
-            Lineage { outside_session: outside(root.sid.0), outside_group: outside(root.pgid.0), nodes };
-        lineage.nodes[0].born_in = lineage.outside_session.unwrap_or(0);
-        // Those that need others in their session come after all that do not.
-        let count = lineage.nodes.len();
-        loop {
-            let easy = |l: &Self, i| l.simple(i, &inherits).is_some() || l.shares(image, i);
-            let (i, origin) = if let Some(i) = lineage.next(count, easy) {
-                (i, lineage.sharer(image, i)?.or_else(|| lineage.simple(i, &inherits)))
-            } else if let Some(i) = lineage.next(count, |_, _| true) {
-                (i, Some(lineage.through_session(image, i)?))
-            } else {
-                break;
-            };
-            let Some(origin) = origin else { break };
-            lineage.set(i, origin);
-        }
-        if let Some(i) = (1..count).find(|i| lineage.nodes[*i].origin.is_none()) {
+        let mut lineage = Lineage {
+            outside_session: outside(root.sid.0),
+            outside_group: outside(root.pgid.0),
+            turns: Vec::new(),
+            deserters: BTreeSet::new(),
+            nodes,
+        };
+        if let Some(i) = (1..lineage.nodes.len()).find(|i| lineage.nodes[*i].parent.is_none()) {
             return Err(unfit(image, &lineage.nodes[i], "its parent is not in the image".into()));
         }
+        if lineage.outside_session.is_none() && root.sid != root.pid {
+            let why = format!("its session {} is that of a process below it", root.sid);
+            return Err(unfit(image, &lineage.nodes[0], why));
+        }
+        lineage.nodes[0].born_in = lineage.outside_session.unwrap_or(0);
+        place::strays(&mut lineage, image)?;
+        for i in 1..lineage.nodes.len() {
+            if lineage.nodes[i].origin.is_none() {
+                let origin = lineage.origin(image, i)?;
+                lineage.set(i, origin);
+            }
+            lineage.begin_filled(i, &inherits);
+        }
+        lineage.turns = lineage.order_of_turns();
         lineage.group_leaders();
         Ok(lineage)
     }
 
-    /// The first node that has no origin yet, whose parent has one, and of which `fits` is true.
-    fn next(&self, count: usize, fits: impl Fn(&Self, usize) -> bool) -> Option<usize> {
-        (1..count).find(|&i| {
-            let node = &self.nodes[i];
-            let above = node.parent.is_some_and(|p| p == 0 || self.nodes[p].origin.is_some());
-            node.origin.is_none() && above && fits(self, i)
-        })
-    }
-
     fn set(&mut self, i: usize, origin: Origin) {
-        let creator = &self.nodes[origin.creator];
-        self.nodes[i].born_in = if origin.stage == Stage::Early { creator.born_in } else { creator.sid };
+        self.nodes[i].born_in = self.session_at(origin.creator, origin.stage);
         self.nodes[i].origin = Some(origin);
     }
 
-    /// The origin of a node whose parent makes it.
-    fn simple(&self, i: usize, inherits: &impl Fn(usize) -> bool) -> Option<Origin> {
+    /// The session that a process is in at a stage.
+    fn session_at(&self, i: usize, stage: Stage) -> i32 {
         let node = &self.nodes[i];
-        let parent = node.parent?;
-        let above = &self.nodes[parent];
-        if node.leads_session() || node.sid == above.sid {
-            let stage = match node.role {
-                Role::Task(task) if inherits(task) => Stage::Filled,
-                _ => Stage::Bare,
-            };
-            return Some(Origin { creator: parent, stage, way: Way::Child });
-        }
-        (above.leads_session() && node.sid == above.born_in).then_some(Origin {
-            creator: parent,
-            stage: Stage::Early,
-            way: Way::Child,
-        })
+        if stage == Stage::Early { node.born_in } else { node.sid }
     }
 
-    fn shares(&self, image: &Image, i: usize) -> bool {
-        let Role::Task(task) = self.nodes[i].role else { return false };
-        image.tasks[task].shares != torpor_image::task::Shares::default()
+    /// Whether a process is in a session that is neither its parent's nor its own.
+    fn is_stray(&self, i: usize) -> bool {
+        let node = &self.nodes[i];
+        !node.leads_session() && node.parent.is_some_and(|p| self.nodes[p].sid != node.sid)
+    }
+
+    /// The origin of a node that nobody else depends on; leaders and parents of strays have theirs.
+    fn origin(&self, image: &Image, i: usize) -> Result<Origin> {
+        let node = &self.nodes[i];
+        let above = node.parent.unwrap_or(0);
+        if let Some(origin) = self.sharer(image, i)? {
+            return Ok(origin);
+        }
+        let child = |stage| Origin { creator: above, stage, way: Way::Child };
+        if !self.is_stray(i) {
+            return Ok(child(Stage::Bare));
+        }
+        if self.nodes[above].leads_session() && self.nodes[above].born_in == node.sid {
+            return Ok(child(Stage::Early));
+        }
+        if let Some(creator) = (0..self.nodes.len()).find(|&c| self.may_make_sibling(c, i)) {
+            return Ok(Origin { creator, stage: Stage::Bare, way: Way::Sibling });
+        }
+        let leads = |n: &Node| n.pid == node.sid || n.parent.is_none() && n.sid == node.sid;
+        let creator = self.nodes.iter().position(leads).filter(|&c| self.descends(c, above));
+        match creator {
+            // Who changes parents sends SIGCHLD (kernel/exit.c, `reparent_leader`).
+            Some(creator) if node.exit_signal == libc::SIGCHLD => {
+                Ok(Origin { creator, stage: Stage::Bare, way: Way::Orphan })
+            }
+            _ => Err(self.homeless(image, i)),
+        }
+    }
+
+    /// Whether `creator`, in its last session, can give `i` their common parent and its own exit signal.
+    fn may_make_sibling(&self, creator: usize, i: usize) -> bool {
+        let (creator, node) = (&self.nodes[creator], &self.nodes[i]);
+        creator.sid == node.sid
+            && creator.parent == node.parent
+            && creator.exit_signal == node.exit_signal
+            && creator.origin.is_some_and(|o| o.way != Way::Orphan)
+    }
+
+    /// The one that a process is a child of until the turns.
+    fn above(&self, i: usize) -> Option<usize> {
+        let origin = self.nodes[i].origin?;
+        if origin.way == Way::Sibling { self.nodes[i].parent } else { Some(origin.creator) }
+    }
+
+    /// Whether `i` is `ancestor` or below it, before the turns.
+    fn descends(&self, i: usize, ancestor: usize) -> bool {
+        let mut at = Some(i);
+        while let Some(here) = at {
+            if here == ancestor {
+                return true;
+            }
+            at = self.above(here);
+        }
+        false
+    }
+
+    fn depth(&self, i: usize) -> usize {
+        std::iter::successors(Some(i), |&at| self.above(at)).count()
+    }
+
+    /// Those below come first: until its turn everybody has all above it where they were born.
+    fn order_of_turns(&self) -> Vec<usize> {
+        let orphan = |i: &usize| self.nodes[*i].origin.is_some_and(|o| o.way == Way::Orphan);
+        let mut turns: Vec<usize> = (0..self.nodes.len()).filter(orphan).collect();
+        turns.sort_by_key(|&i| std::cmp::Reverse(self.depth(i)));
+        turns
+    }
+
+    /// A child that has pages in common with its parent begins with the parent's memory.
+    fn begin_filled(&mut self, i: usize, inherits: &impl Fn(usize) -> bool) {
+        let Node { role: Role::Task(task), parent, origin: Some(origin), .. } = &mut self.nodes[i] else {
+            return;
+        };
+        if origin.way == Way::Child
+            && origin.stage == Stage::Bare
+            && Some(origin.creator) == *parent
+            && inherits(*task)
+        {
+            origin.stage = Stage::Filled;
+        }
     }
 
     /// The origin of a task that shares something with another one (clone(2)), which must make it.
     fn sharer(&self, image: &Image, i: usize) -> Result<Option<Origin>> {
-        let Role::Task(task) = self.nodes[i].role else { return Ok(None) };
+        let node = &self.nodes[i];
+        let Role::Task(task) = node.role else { return Ok(None) };
         let shares = image.tasks[task].shares;
         let owners: Vec<_> = [shares.memory, shares.descriptors, shares.directories, shares.signal_actions]
             .into_iter()
@@ -196,77 +270,46 @@ impl Lineage {
         let owner = self.nodes[..i].iter().position(|n| n.pid == first.0);
         let (Some(owner), true) = (owner, owners.iter().all(|o| o == first)) else {
             let why = format!("it shares memory or descriptors with several processes: {owners:?}");
-            return Err(unfit(image, &self.nodes[i], why));
-        };
-        let way = if self.nodes[i].parent == Some(owner) {
-            Way::Child
-        } else if self.nodes[i].parent == self.nodes[owner].parent {
-            Way::Sibling
-        } else {
-            let why = format!("it shares memory or descriptors with pid {first}, which is no parent of it");
-            return Err(unfit(image, &self.nodes[i], why));
+            return Err(unfit(image, node, why));
         };
         let stage = if shares.memory.is_some() { Stage::Filled } else { Stage::Bare };
-        Ok(Some(Origin { creator: owner, stage, way }))
+        let made = |way| Ok(Some(Origin { creator: owner, stage, way }));
+        if !node.leads_session() && node.sid != self.nodes[owner].sid {
+            return Err(self.homeless(image, i));
+        }
+        if node.parent == Some(owner) {
+            made(Way::Child)
+        } else if node.parent == self.nodes[owner].parent && node.exit_signal == self.nodes[owner].exit_signal
+        {
+            made(Way::Sibling)
+        } else {
+            let why = format!("it shares memory or descriptors with pid {first}, which is no parent of it");
+            Err(unfit(image, node, why))
+        }
     }
 
-    /// The origin of a node whose session is not one that its parent ever was in.
-    fn through_session(&mut self, image: &Image, i: usize) -> Result<Origin> {
-        let sid = self.nodes[i].sid;
-        let Some(parent) = self.nodes[i].parent else {
-            return Err(unfit(image, &self.nodes[i], "its parent is not in the image".into()));
-        };
-        let member = |n: &Node| n.sid == sid && n.origin.is_some();
-        let near = self.nodes.iter().position(|n| member(n) && n.parent == Some(parent));
-        let far = || self.nodes.iter().position(|n| member(n) || n.parent.is_none() && n.sid == sid);
-        if let Some(creator) = near {
-            return Ok(Origin { creator, stage: Stage::Bare, way: Way::Sibling });
-        }
-        let creator = match far() {
-            Some(creator) => creator,
-            None if self.outside_session == Some(sid) || self.nodes.iter().any(|n| n.pid == sid) => {
-                let why = format!("it is in session {sid}, which it cannot be born in: {}", self.tell(i));
-                return Err(unfit(image, &self.nodes[i], why));
-            }
-            None => {
-                let mut leader = node(Role::Session, sid, Some(parent), (sid, sid), libc::SIGCHLD);
-                leader.origin = Some(Origin { creator: parent, stage: Stage::Bare, way: Way::Child });
-                leader.born_in = self.nodes[parent].sid;
-                self.nodes.push(leader);
-                let creator = self.nodes.len() - 1;
-                return Ok(Origin { creator, stage: Stage::Bare, way: Way::Sibling });
-            }
-        };
-        // The orphan goes to the nearest subreaper above its creator.
-        let mut above = self.nodes[creator].parent;
-        if is_subreaper(image, &self.nodes[creator]) {
-            above = Some(creator);
-        }
-        while let Some(at) = above {
-            if is_subreaper(image, &self.nodes[at]) {
-                break;
-            }
-            above = self.nodes[at].parent;
-        }
-        if above != Some(parent) {
-            let why = format!("it is in session {sid}, which it cannot be born in: {}", self.tell(i));
-            return Err(unfit(image, &self.nodes[i], why));
-        }
-        Ok(Origin { creator, stage: Stage::Bare, way: Way::Orphan })
+    fn homeless(&self, image: &Image, i: usize) -> Error {
+        let node = &self.nodes[i];
+        let parent = node.parent.map(|p| &self.nodes[p]);
+        let parent =
+            parent.map_or_else(String::new, |p| format!(": its parent {} is in session {}", p.pid, p.sid));
+        unfit(image, node, format!("it is in session {}, which it cannot be born in{parent}", node.sid))
     }
 
-    fn tell(&self, i: usize) -> String {
-        let parent = self.nodes[i].parent.map(|p| &self.nodes[p]);
-        parent.map_or_else(String::new, |p| format!("its parent {} is in session {}", p.pid, p.sid))
-    }
-
-    /// Adds stand-ins for the leaders of groups that have none.
+    /// Finds leaders who left their groups, and adds stand-ins for those who are not there.
     fn group_leaders(&mut self) {
+        let by_pid: BTreeMap<i32, usize> = self.nodes.iter().enumerate().map(|(i, n)| (n.pid, i)).collect();
         let mut wanted: BTreeMap<i32, usize> = BTreeMap::new();
         for (i, node) in self.nodes.iter().enumerate() {
-            let there = self.nodes.iter().any(|n| n.pid == node.pgid);
-            if !there && self.outside_group != Some(node.pgid) {
-                wanted.entry(node.pgid).or_insert(i);
+            match by_pid.get(&node.pgid) {
+                Some(&leader) if !self.nodes[leader].leads_group() => {
+                    self.deserters.insert(leader);
+                }
+                Some(_) => {}
+                None if self.outside_group == Some(node.pgid) => {}
+                None => {
+                    wanted.entry(node.pgid).or_insert(i);
+                }
             }
         }
         for (pgid, member) in wanted {
@@ -286,6 +329,11 @@ impl Lineage {
         })
     }
 
+    /// Whether the leader of a group is in another one by now.
+    pub(crate) fn left_own_group(&self, i: usize) -> bool {
+        self.deserters.contains(&i)
+    }
+
     /// How many processes there are in all, those that only help to make others not counted.
     pub(crate) fn born(&self) -> u32 {
         self.nodes.len() as u32
@@ -299,10 +347,6 @@ impl Lineage {
 
 fn node(role: Role, pid: i32, parent: Option<usize>, (sid, pgid): (i32, i32), exit_signal: i32) -> Node {
     Node { role, pid, parent, sid, pgid, exit_signal, origin: None, born_in: 0 }
-}
-
-fn is_subreaper(image: &Image, node: &Node) -> bool {
-    matches!(node.role, Role::Task(task) if image.tasks[task].child_subreaper)
 }
 
 fn unfit(image: &Image, node: &Node, why: String) -> Error {

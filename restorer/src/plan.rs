@@ -18,10 +18,10 @@ use torpor_parasite::call;
 use torpor_parasite::script::{Placed, Script, Value};
 use torpor_parasite::wire::{Context, STACK, TRAPS};
 
-use crate::birth::{self, word};
+use crate::birth::{self, Helpers, word};
 use crate::error::{Error, Result};
 use crate::host::Host;
-use crate::lineage::{Lineage, Origin, Role, Stage, Way};
+use crate::lineage::{Lineage, Origin, Role, Stage};
 use crate::vma::Begin;
 use crate::{
     description, epoll, lock, memory, print, process_file, signal, sysv_sem, sysv_shm, task, terminal,
@@ -158,8 +158,8 @@ pub struct Plan {
     pub(crate) begin: Vec<Phase>,
     /// From the first instruction on until all are there: of every node.
     pub(crate) births: Vec<Script>,
-    /// Of those that make an orphan and end.
-    pub(crate) makers: Vec<Script>,
+    /// Of those that only help others.
+    pub(crate) helpers: Vec<Script>,
     pub(crate) tasks: Vec<TaskPlan>,
     /// What each node is, in words.
     pub(crate) titles: Vec<String>,
@@ -167,8 +167,8 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Context of the first of those that make an orphan and end: they come after all threads.
-    pub(crate) fn first_maker(&self) -> usize {
+    /// Context of the first of those that only help others: they come after all threads.
+    pub(crate) fn first_helper(&self) -> usize {
         self.births.len() + self.tasks.iter().map(|t| t.threads.len()).sum::<usize>()
     }
 }
@@ -225,7 +225,7 @@ pub fn plan(image: &Image, host: &Host, options: &Options) -> Result<Plan> {
         trap,
         begin: scripts.begin,
         births: scripts.births,
-        makers: scripts.makers,
+        helpers: scripts.helpers,
         tasks: scripts.tasks,
         lineage,
         titles,
@@ -237,13 +237,13 @@ pub fn plan(image: &Image, host: &Host, options: &Options) -> Result<Plan> {
 struct Scripts {
     begin: Vec<Phase>,
     births: Vec<Script>,
-    makers: Vec<Script>,
+    helpers: Vec<Script>,
     tasks: Vec<TaskPlan>,
 }
 
 impl Scripts {
     fn layout(&self) -> Layout {
-        layout(&self.begin, &self.births, &self.makers, &self.tasks)
+        layout(&self.begin, &self.births, &self.helpers, &self.tasks)
     }
 }
 
@@ -265,16 +265,13 @@ fn scripts(
         .iter()
         .map(|t| take(t.threads.len() as u32 - u32::from(t.leader_ended.is_none())))
         .collect();
-    let orphans = (0..lineage.nodes.len())
-        .filter(|i| lineage.nodes[*i].origin.is_some_and(|o: Origin| o.way == Way::Orphan));
-    let makers: Vec<(usize, u32)> = orphans.map(|i| (i, take(1))).collect();
-    let contexts = birth::Contexts { makers };
+    let helpers = Helpers::of(lineage, take(0));
 
     let begin = begin(planner, place, scratch);
     let mut births = Vec::with_capacity(lineage.nodes.len());
     for (i, node) in lineage.nodes.iter().enumerate() {
         let Role::Task(index) = node.role else {
-            births.push(birth::plan(image, host, lineage, i, &contexts, |_| {}, |_| {}));
+            births.push(birth::plan(image, host, lineage, i, &helpers, |_| {}, |_| {}));
             continue;
         };
         let task = &image.tasks[index];
@@ -282,14 +279,14 @@ fn scripts(
         let session = |script: &mut Script| terminal::take(script, terminal);
         let begins = begins(image, lineage, i);
         let fill = |script: &mut Script| fill(script, planner, task, begins, place, scratch);
-        births.push(birth::plan(image, host, lineage, i, &contexts, session, fill));
+        births.push(birth::plan(image, host, lineage, i, &helpers, session, fill));
     }
     let mut tasks = Vec::with_capacity(image.tasks.len());
     for (i, task) in image.tasks.iter().enumerate() {
         tasks.push(plan_task(planner, lineage, i, task, first_threads[i], place, scratch, options)?);
     }
-    let makers = contexts.makers.iter().map(|(orphan, _)| birth::maker(lineage, *orphan)).collect();
-    Ok(Scripts { begin, births, makers, tasks })
+    let helpers = helpers.scripts(lineage);
+    Ok(Scripts { begin, births, helpers, tasks })
 }
 
 /// What the root does before it is born like the others: it waits until it is traced, and gets rid of the memory
@@ -524,16 +521,16 @@ pub(crate) struct Layout {
     pub(crate) stacks: u64,
     pub(crate) begin: Vec<Placed>,
     pub(crate) births: Vec<Placed>,
-    pub(crate) makers: Vec<Placed>,
+    pub(crate) helpers: Vec<Placed>,
     /// By task: of the phases, of the other threads, of what is done about stopped children.
     pub(crate) tasks: Vec<(Vec<Placed>, Vec<Placed>, Placed)>,
     end: u64,
 }
 
 /// Lays out the arena.
-pub(crate) fn layout(begin: &[Phase], births: &[Script], makers: &[Script], tasks: &[TaskPlan]) -> Layout {
+pub(crate) fn layout(begin: &[Phase], births: &[Script], helpers: &[Script], tasks: &[TaskPlan]) -> Layout {
     let threads: usize = tasks.iter().map(|t| t.threads.len()).sum();
-    let contexts = births.len() + makers.len() + threads;
+    let contexts = births.len() + helpers.len() + threads;
     let stacks = SHARED + (contexts * size_of::<Context>()) as u64;
     let stacks = stacks.next_multiple_of(64);
     let mut end = stacks + contexts as u64 * STACK;
@@ -544,7 +541,7 @@ pub(crate) fn layout(begin: &[Phase], births: &[Script], makers: &[Script], task
     };
     let begin = begin.iter().map(|p| place(&p.script)).collect();
     let births = births.iter().map(&mut place).collect();
-    let makers = makers.iter().map(&mut place).collect();
+    let helpers = helpers.iter().map(&mut place).collect();
     let tasks = tasks
         .iter()
         .map(|task| {
@@ -553,7 +550,7 @@ pub(crate) fn layout(begin: &[Phase], births: &[Script], makers: &[Script], task
             (phases, threads, place(&task.stops))
         })
         .collect();
-    Layout { stacks, begin, births, makers, tasks, end }
+    Layout { stacks, begin, births, helpers, tasks, end }
 }
 
 /// A system call instruction in the vdso the task will have, else in a file it maps with code: its address

@@ -65,8 +65,8 @@ impl Plan {
         for (title, script) in self.titles.iter().zip(&self.births) {
             all.push((format!("{title}: phase birth"), script));
         }
-        for (i, script) in self.makers.iter().enumerate() {
-            all.push((format!("maker {}: phase birth", i + 1), script));
+        for (i, script) in self.helpers.iter().enumerate() {
+            all.push((format!("helper {}: phase birth", i + 1), script));
         }
         for (task, title) in self.tasks.iter().zip(&self.titles) {
             for (i, phase) in task.phases.iter().enumerate() {

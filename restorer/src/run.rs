@@ -142,7 +142,7 @@ impl Building<'_> {
         fds: &[OwnedFd],
         slots: unix::Slots<'_>,
     ) -> Result<()> {
-        let layout = layout(&plan.begin, &plan.births, &plan.makers, &plan.tasks);
+        let layout = layout(&plan.begin, &plan.births, &plan.helpers, &plan.tasks);
         self.fill(plan, &layout, &mut arena, fds);
         let built = self.build_in(plan, &layout, &mut arena, slots);
         if built.is_err() {
@@ -263,16 +263,10 @@ impl Building<'_> {
                     return Err(self.failure(&plan.titles[i], script, *placed, arena, i));
                 }
             }
-            for (i, (script, placed)) in plan.makers.iter().zip(&layout.makers).enumerate() {
-                let context = plan.first_maker() + i;
+            for (i, (script, placed)) in plan.helpers.iter().zip(&layout.helpers).enumerate() {
+                let context = plan.first_helper() + i;
                 if arena.context(context).state == state::FAILED {
-                    return Err(self.failure(
-                        "a process that makes another",
-                        script,
-                        *placed,
-                        arena,
-                        context,
-                    ));
+                    return Err(self.failure("a process that helps others", script, *placed, arena, context));
                 }
             }
             let root = self.traced[0][0];
@@ -334,8 +328,8 @@ impl Building<'_> {
         for (phase, placed) in plan.begin.iter().zip(&layout.begin) {
             phase.script.encode(*placed, &around, arena.bytes());
         }
-        let births = plan.births.iter().chain(&plan.makers);
-        for (script, placed) in births.clone().zip(layout.births.iter().chain(&layout.makers)) {
+        let births = plan.births.iter().chain(&plan.helpers);
+        for (script, placed) in births.clone().zip(layout.births.iter().chain(&layout.helpers)) {
             script.encode(*placed, &around, arena.bytes());
         }
         let base = |placed: Placed, script: &Script, tgid: i32, tid: i32| Context {
@@ -354,8 +348,8 @@ impl Building<'_> {
             arena.set_context(i, &base(placed, script, node.pid, node.pid));
         }
         // A trap of theirs would be a failure.
-        for (i, (script, placed)) in plan.makers.iter().zip(&layout.makers).enumerate() {
-            arena.set_context(plan.first_maker() + i, &base(*placed, script, 0, 0));
+        for (i, (script, placed)) in plan.helpers.iter().zip(&layout.helpers).enumerate() {
+            arena.set_context(plan.first_helper() + i, &base(*placed, script, 0, 0));
         }
         for (task, (phases, threads, stops)) in plan.tasks.iter().zip(&layout.tasks) {
             for (phase, placed) in task.phases.iter().zip(phases) {
@@ -671,7 +665,7 @@ impl Building<'_> {
 /// Every process that has been made, as the results in the arena tell.
 fn made(plan: &Plan, layout: &Layout, arena: &mut Arena) -> Vec<i32> {
     let mut all = vec![plan.lineage.nodes[0].pid];
-    let scripts = plan.births.iter().chain(&plan.makers).zip(layout.births.iter().chain(&layout.makers));
+    let scripts = plan.births.iter().chain(&plan.helpers).zip(layout.births.iter().chain(&layout.helpers));
     for (script, placed) in scripts {
         let outcome = script.outcome(*placed, arena.bytes());
         for (i, step) in script.steps().iter().enumerate().filter(|(_, s)| s.kind == kind::SPAWN) {

@@ -1,5 +1,8 @@
 //! Plans of images made of parts, on a host that is plain data: no privilege, no system call.
 
+mod kernel;
+mod lineage;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
