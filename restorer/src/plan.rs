@@ -198,11 +198,12 @@ pub fn plan(image: &Image, host: &Host, options: &Options) -> Result<Plan> {
     let parking = vma::parking(host).next_multiple_of(PAGE);
     let arena_length = scripts.layout().end.next_multiple_of(PAGE);
     let length = parking + blob_length + arena_length;
-    lengths.push(sysv_shm::scratch(image));
+    let segments = sysv_shm::scratch(image);
+    lengths.extend((segments > 0).then_some(segments));
     lengths.push(length);
     let mut places = vma::free_ranges(host, image, &lengths).ok_or_else(no_room)?;
     let park = places.pop().ok_or_else(no_room)?;
-    let segments = places.pop().ok_or_else(no_room)?;
+    let segments = if segments > 0 { places.pop().ok_or_else(no_room)? } else { 0 };
     let (blob, arena) = (park + parking, park + parking + blob_length);
     let place = Place { park, blob, arena, arena_length, segments };
     let scratch = shared.iter().map(|i| i.id).zip(places).collect();
