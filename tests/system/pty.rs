@@ -10,7 +10,7 @@ use std::process::Command;
 
 use libtest_mimic::Trial;
 use torpor_tests::{
-    Outcome, Victim, difference, ensure, light_picture, run, run_torpor, state, torpor_command,
+    Outcome, Victim, difference, ensure, light_picture, members, run, run_torpor, state, torpor_command,
 };
 
 const REFUSED: i32 = 5;
@@ -21,6 +21,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         Trial::test("state: pseudo terminals", || Ok(cycles()?)),
         Trial::test("state: pseudo terminals among those of others", || Ok(shared()?)),
         Trial::test("left running: pseudo terminals", || Ok(left_running()?)),
+        Trial::test("tree: a terminal multiplexer with a shell", || Ok(multiplexer(&[])?)),
+        Trial::test("tree: a shell that has closed its terminal", || Ok(multiplexer(&["closed"])?)),
         Trial::test("fault: pseudo terminals that cannot be dumped", || Ok(refusals()?)),
         Trial::test("fault: a pseudo terminal whose number is taken", || Ok(taken()?)),
         Trial::test("fault: a pseudo terminal that only somebody else has open", || Ok(elsewhere()?)),
@@ -86,6 +88,23 @@ fn terminal_of(pid: i32) -> Outcome<(i32, i32)> {
     let fields: Vec<i32> =
         stat.rsplit(')').next().into_iter().flat_map(str::split_whitespace).flat_map(str::parse).collect();
     Ok((*fields.get(3).ok_or("short")?, *fields.get(4).ok_or("short")?))
+}
+
+fn multiplexer(args: &[&str]) -> Outcome {
+    let Some(devpts) = Devpts::mount()? else { return Ok(()) };
+    let mut victim = Victim::start("ptytree", &[&[devpts.path()], args].concat())?;
+    let pictures =
+        |victim: &Victim| members(victim.pid).into_iter().map(terminal_of).collect::<Outcome<Vec<_>>>();
+    let before = pictures(&victim)?;
+    ensure!(before.len() == 5 && before.iter().filter(|t| t.0 != 0).count() == 3, "terminals: {before:?}");
+    for round in 1..=3 {
+        victim.dump_with(&["--leave-running"]).map_err(|e| format!("round {round}: {e}"))?;
+        victim.ticks(3).map_err(|e| format!("after dump {round}: {e}"))?;
+    }
+    victim.cycles(20)?;
+    let after = pictures(&victim)?;
+    ensure!(before == after, "terminals and foreground groups were {before:?} and are {after:?}");
+    Ok(())
 }
 
 fn shared() -> Outcome {
