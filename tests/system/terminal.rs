@@ -8,13 +8,14 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
-use torpor_kernel::tty;
+use torpor_kernel::{Pid, stat, tty};
 use torpor_tests::{Outcome, Victim, ensure, torpor, torpor_command, victim};
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         Trial::test("state: a terminal as stdio, restored on another", || Ok(terminal()?)),
-        Trial::test("state: a job of a shell, restored as one", || Ok(job()?)),
+        Trial::test("state: a job of a shell, restored as one", || Ok(job(false)?)),
+        Trial::test("tree: a job with jobs of its own, one of them in the foreground", || Ok(job(true)?)),
     ]
 }
 
@@ -57,15 +58,16 @@ impl Pty {
     }
 
     /// Waits until a process group is in its foreground.
-    fn until_foreground(&self, group: i32) -> Outcome {
+    fn until_foreground(&mut self, group: i32) -> Outcome {
         let deadline = Instant::now() + Duration::from_secs(20);
         while self.foreground() != group {
+            self.listen();
             ensure!(
                 Instant::now() < deadline,
-                "group {} instead of {group} has the terminal",
-                self.foreground()
+                "group {} instead of {group} has the terminal, where there is {:?}",
+                self.foreground(),
+                self.seen
             );
-            std::thread::sleep(Duration::from_millis(5));
         }
         Ok(())
     }
@@ -89,15 +91,20 @@ impl Pty {
     /// Waits until `text` has come out.
     fn until(&mut self, text: &str) -> Outcome {
         let deadline = Instant::now() + Duration::from_secs(20);
-        let mut buffer = [0; 4096];
         while !self.seen.contains(text) {
             ensure!(Instant::now() < deadline, "no {text:?} on the terminal, only {:?}", self.seen);
-            match self.master.read(&mut buffer) {
-                Ok(n) if n > 0 => self.seen.push_str(&String::from_utf8_lossy(&buffer[..n])),
-                _ => std::thread::sleep(Duration::from_millis(5)),
-            }
+            self.listen();
         }
         Ok(())
+    }
+
+    /// Takes what has come out, or waits a little.
+    fn listen(&mut self) {
+        let mut buffer = [0; 4096];
+        match self.master.read(&mut buffer) {
+            Ok(n) if n > 0 => self.seen.push_str(&String::from_utf8_lossy(&buffer[..n])),
+            _ => std::thread::sleep(Duration::from_millis(5)),
+        }
     }
 
     fn type_(&self, text: &str) -> Outcome {
@@ -149,22 +156,35 @@ fn terminal() -> Outcome {
 }
 
 /// What a shell with job control does to run a command.
-const SHELL: &str = "set -m; \"$@\"; echo ended $?";
+const SHELL: &str = "set -m; \"$@\"; echo ended $?; read line";
+/// The same, without waiting for input.
+const INNER: &str = "set -m; \"$@\"; echo ended $?";
 
-fn job() -> Outcome {
+/// A program that a shell runs, or with `inner` a shell that runs it as a job of its own.
+fn job(inner: bool) -> Outcome {
     let mut first = Pty::open()?;
     first.resize(24, 80)?;
     let mut subject = Victim::prepare()?;
     let mut command = Command::new("bash");
-    command.args(["-c", SHELL, "-"]).arg(victim("tty")?).arg(subject.log()).arg(subject.home());
+    command.args(["-c", SHELL, "-"]);
+    if inner {
+        command.args(["bash", "-c", INNER, "-"]);
+    }
+    command.arg(victim("tty")?).arg(subject.log()).arg(subject.home());
     first.give(&mut command)?;
     let mut shell = command.spawn().map_err(|e| format!("bash: {e}"))?;
+    let mut front = 0;
     let image = (|| {
         first.until("count 3")?;
-        subject.pid = first.foreground();
-        ensure!(subject.pid != shell.id() as i32, "the job has no group of its own");
+        front = first.foreground();
+        ensure!(front != shell.id() as i32, "the job has no group of its own");
+        let root = stat::of_process(Pid(front)).map_err(|e| e.to_string())?.ppid;
+        subject.pid = if inner { root } else { front };
         let image = subject.dump_with(&[])?;
         first.until("ended 137")?;
+        // Without its parent it has become a child of ours.
+        // SAFETY: no status is asked for.
+        unsafe { libc::waitpid(front, std::ptr::null_mut(), 0) };
         Ok(image)
     })();
     let _gone = shell.kill();
@@ -180,7 +200,7 @@ fn job() -> Outcome {
     let count = subject.count()?;
     let mut shell = command.spawn().map_err(|e| format!("bash: {e}"))?;
     let result = (|| {
-        second.until_foreground(subject.pid)?;
+        second.until_foreground(front)?;
         second.until("count ")?;
         let now = tty::termios(&second.slave).map_err(|e| e.to_string())?;
         ensure!(now.lflag & libc::ICANON == 0, "its settings did not come with it");
@@ -190,9 +210,10 @@ fn job() -> Outcome {
         ensure!(!second.seen.contains("now "), "it was told of a size that is the same: {}", second.seen);
         second.resize(50, 132)?;
         second.until("now 50 x 132")?;
-        // The terminal is its own, so that this goes to it.
+        // The terminal is its own, so that this goes to it; a shell in between ends likewise.
         second.type_("\x03")?;
         second.until("ended 130")?;
+        second.until_foreground(shell.id() as i32)?;
         let after = tty::termios(&second.slave).map_err(|e| e.to_string())?;
         ensure!(before == after, "settings were {before:?} and are {after:?}");
         Ok(())
