@@ -25,7 +25,7 @@ pub const N_TTY: i32 = 0;
 /// `BOTHER` and `EXTPROC` (asm-generic/termbits.h).
 pub const EXTPROC: u32 = 0o200_000;
 /// linux/magic.h
-const DEVPTS_SUPER_MAGIC: i64 = 0x1cd1;
+const DEVPTS_SUPER_MAGIC: libc::__fsword_t = 0x1cd1;
 
 /// `struct termios2` (asm-generic/termbits.h).
 #[repr(C)]
@@ -198,7 +198,7 @@ pub fn is_on_devpts(fd: impl AsFd) -> bool {
     // SAFETY: an all-zero statfs is valid.
     let mut found: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: fstatfs fills the structure.
-    unsafe { libc::fstatfs(raw(&fd), &raw mut found) == 0 && i64::from(found.f_type) == DEVPTS_SUPER_MAGIC }
+    unsafe { libc::fstatfs(raw(&fd), &raw mut found) == 0 && found.f_type == DEVPTS_SUPER_MAGIC }
 }
 
 fn raw(fd: &impl AsFd) -> i32 {

@@ -96,8 +96,12 @@ pub struct Queues {
 impl Queues {
     /// Nothing.
     pub fn new() -> Box<Self> {
-        // SAFETY: all zeros are a valid value.
-        unsafe { Box::<Self>::new_zeroed().assume_init() }
+        let mut new = Box::<Self>::new_uninit();
+        // SAFETY: it has room for one value, of which all zeros are a valid one.
+        unsafe {
+            new.as_mut_ptr().write_bytes(0, 1);
+            new.assume_init()
+        }
     }
 
     /// Adds a finished line, as a read gives it: with its newline, or without when it ended with end-of-file.
