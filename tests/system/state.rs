@@ -27,6 +27,7 @@ const PLAIN: &[(&str, &[&str], &str)] = &[
     ("unix", &[], "unix sockets"),
     ("flight", &[], "what is on its way in unix sockets"),
     ("peers", &[], "who is at the other end of unix sockets"),
+    ("kin", &[], "unix sockets between the processes of a tree"),
     ("tcp", &[], "listening tcp sockets"),
     ("connections", &[], "tcp connections within the process"),
     ("udp", &[], "udp sockets"),
