@@ -199,7 +199,10 @@ impl Collector {
 
     /// What the kernel says of a Unix socket.
     pub(crate) fn unix_socket(&mut self, inode: u32) -> Result<Option<UnixSocket>> {
-        if self.unix.is_none() {
+        // A running process makes new ones all the time.
+        let newer =
+            self.live && inode != 0 && self.unix.as_ref().is_some_and(|all| !all.contains_key(&inode));
+        if self.unix.is_none() || newer {
             let all = torpor_kernel::sock_diag::unix_sockets()
                 .map_err(Error::kernel(self.pid, "listing unix sockets"))?;
             let (accepted, unaccepted) = all.into_iter().partition(|s| s.inode != 0);

@@ -39,6 +39,10 @@ const TRY_AGAIN: &str = "try again once the program has accepted them";
 pub(crate) fn collect(collector: &mut Collector, found: &Found, fd: &OwnedFd) -> Result<Option<Kind>> {
     let number = found.stat.st_ino as u32;
     let Some(diag) = collector.unix_socket(number)? else {
+        if collector.live {
+            // Closed since.
+            return Ok(None);
+        }
         collector.refuse(found.title(), "the kernel lists no unix socket of this number", CLOSE_IT);
         return Ok(None);
     };
@@ -124,7 +128,7 @@ fn state(
         (LISTEN, _) => listening(collector, found, diag),
         (_, Some(0)) if diag.kind == libc::SOCK_DGRAM => Ok(Some(orphaned(fd))),
         (_, Some(0)) => match collector.unix_listener_of(diag.inode)? {
-            Some(listener) if collector.owns_socket(listener.inode) => {
+            Some(listener) if ours(collector, listener.inode) => {
                 // A running program is about to accept it; the frozen one has had time for it.
                 if diag.wqueue > 0 && !collector.live {
                     let why = "data waits in a connection that was not accepted, where nobody can read it";
@@ -145,10 +149,10 @@ fn state(
             let other = collector.unix_socket(peer)?;
             let back = other.as_ref().and_then(|p| p.peer) == Some(diag.inode);
             match other {
-                Some(_) if collector.owns_socket(peer) && back && peer != diag.inode => {
+                Some(_) if ours(collector, peer) && back && peer != diag.inode => {
                     Ok(Some(State::Connected { peer }.into()))
                 }
-                Some(_) if collector.owns_socket(peer) && diag.kind == libc::SOCK_DGRAM => {
+                Some(_) if ours(collector, peer) && diag.kind == libc::SOCK_DGRAM => {
                     Ok(Some(State::Towards { peer }.into()))
                 }
                 Some(other) => outside(collector, found, fd, diag, &other),
@@ -197,6 +201,16 @@ fn listening(
 
 fn orphaned(fd: &OwnedFd) -> Relation {
     Relation { peer_name: peer_name(fd), ..State::Orphaned.into() }
+}
+
+/// Whether a socket is part of the dump; of one that a running process has just made the tables tell.
+fn ours(collector: &Collector, number: u32) -> bool {
+    let link = format!("socket:[{number}]").into_bytes();
+    let has = |pid: Pid| {
+        let all = fds::list(pid).unwrap_or_default();
+        all.into_iter().any(|fd| fds::readlink(pid, fd).is_ok_and(|l| l == link))
+    };
+    collector.owns_socket(number) || collector.live && collector.members.iter().any(|pid| has(Pid(*pid)))
 }
 
 /// A socket whose other end is not part of the dump.
