@@ -55,9 +55,14 @@ impl Found {
 
     /// A descriptor of ours for the same description.
     pub(crate) fn get(&self, collector: &mut Collector) -> Result<OwnedFd> {
-        collector
-            .getfd(self.pid, self.fd)
-            .map_err(Error::kernel(self.pid, format!("reaching {}", self.title())))
+        let failed = || Error::kernel(self.pid, format!("reaching {}", self.title()));
+        let fd = collector.getfd(self.pid, self.fd).map_err(failed())?;
+        // A running process may have closed it, and opened another under its number.
+        let same = |s: libc::stat| (s.st_dev, s.st_ino) == (self.stat.st_dev, self.stat.st_ino);
+        if collector.live && !nix::sys::stat::fstat(&fd).is_ok_and(same) {
+            return Err(failed()(torpor_kernel::Error::syscall("fstat", self.fd, nix::errno::Errno::EBADF)));
+        }
+        Ok(fd)
     }
 }
 
@@ -233,7 +238,11 @@ fn describe(
     ends: &HashMap<(u64, u64), Vec<&Found>>,
     found: &Found,
 ) -> Result<Option<DescriptionId>> {
-    let Some(kind) = kind(collector, ends, found)? else { return Ok(None) };
+    let kind = match kind(collector, ends, found) {
+        Err(e) if collector.live && e.is_closed() => return Ok(None),
+        kind => kind?,
+    };
+    let Some(kind) = kind else { return Ok(None) };
     let id = DescriptionId(collector.objects.descriptions.len() as u32);
     let (flock, ofd_locks) = locks(collector, found);
     let asks = !collector.live && found.info.flags & libc::O_PATH as u32 == 0;

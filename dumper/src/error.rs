@@ -144,6 +144,11 @@ fn list(refusals: &[Refusal]) -> String {
 }
 
 impl Error {
+    /// A descriptor of a running process was closed before it could be reached.
+    pub(crate) fn is_closed(&self) -> bool {
+        matches!(self, Error::Kernel { source, .. } if source.errno() == Some(nix::errno::Errno::EBADF))
+    }
+
     /// Wraps the failure of a kernel call made for `pid`.
     pub(crate) fn kernel(pid: Pid, doing: impl Into<String>) -> impl FnOnce(kernel::Error) -> Self {
         let doing = doing.into();
