@@ -22,7 +22,7 @@ pub const CONSOLE: (u32, u32) = (5, 1);
 pub const PTMX: (u32, u32) = (5, 2);
 /// The usual line discipline (linux/tty.h).
 pub const N_TTY: i32 = 0;
-/// `BOTHER` and `EXTPROC` (asm-generic/termbits.h).
+/// Input is processed elsewhere (asm-generic/termbits.h).
 pub const EXTPROC: u32 = 0o200_000;
 /// linux/magic.h
 const DEVPTS_SUPER_MAGIC: libc::__fsword_t = 0x1cd1;

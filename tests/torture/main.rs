@@ -166,7 +166,7 @@ impl Subject {
         let mut dump = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(fs::File::create("/tmp/ttyx/err").map_err(|e| e.to_string())?)
+            .stderr(Stdio::null())
             .spawn()
             .map_err(|e| e.to_string())?;
         while begin.elapsed() < moment {
