@@ -36,6 +36,8 @@ pub(crate) struct Opener<'i> {
     pub(crate) unix: crate::unix::Made,
     /// Names of sockets that were made.
     pub(crate) made: Vec<PathBuf>,
+    /// Left-over socket files that made room: where they were, and where they are.
+    pub(crate) aside: Vec<(PathBuf, PathBuf)>,
     /// What was made and changed of files.
     pub(crate) files: Made,
     /// Seals to be set once everything is mapped.
@@ -64,6 +66,7 @@ impl<'i> Opener<'i> {
             silent: Vec::new(),
             unix: crate::unix::Made::default(),
             made: Vec::new(),
+            aside: Vec::new(),
             files: Made::default(),
             seals: BTreeMap::new(),
             terminals: Vec::new(),
@@ -147,6 +150,9 @@ impl<'i> Opener<'i> {
     /// Everything stands: what was made stays.
     pub(crate) fn keep(&mut self) {
         self.made.clear();
+        for (_, aside) in self.aside.drain(..) {
+            let _best_effort = std::fs::remove_file(aside);
+        }
         self.files.keep();
         self.sysv.forget();
         self.mqueues.iter_mut().for_each(crate::mqueue::Queue::keep);
@@ -158,6 +164,9 @@ impl Drop for Opener<'_> {
     fn drop(&mut self) {
         for path in self.made.drain(..) {
             let _best_effort = std::fs::remove_file(path);
+        }
+        for (path, aside) in self.aside.drain(..) {
+            let _best_effort = std::fs::rename(aside, path);
         }
     }
 }

@@ -86,7 +86,7 @@ fn bind_seen(
     number: u32,
 ) -> Result<()> {
     let at = address(what, name)?;
-    make_room(what, file)?;
+    make_room(opener, what, file)?;
     // The file gets the mode of the socket's own inode (net/unix/af_unix.c, `unix_bind_bsd`): nothing has
     // to be changed by path afterwards, where another file could be by then.
     // SAFETY: fchmod takes numbers only.
@@ -154,7 +154,7 @@ pub(super) fn place_of(opener: &Opener<'_>, unix: &UnixSocket) -> Place {
 }
 
 /// Removes the file a dumped socket left behind; refuses to touch one that is somebody else's.
-fn make_room(what: &str, file: &BoundFile) -> Result<()> {
+fn make_room(opener: &mut Opener<'_>, what: &str, file: &BoundFile) -> Result<()> {
     let path = file.path.path();
     let taken = |why: String| Error::Conflict {
         what: what.to_owned(),
@@ -173,5 +173,9 @@ fn make_room(what: &str, file: &BoundFile) -> Result<()> {
         let who = holder::of_socket(socket.inode).unwrap_or_else(|| "another process".to_owned());
         return Err(taken(format!("{who} is bound to `{}`", file.path)));
     }
-    std::fs::remove_file(path).map_err(|e| io(what, "unlink", &e))
+    // Aside, for the case that the restore fails.
+    let aside = path.with_file_name(format!(".torpor-{}-{}", std::process::id(), now.st_ino));
+    std::fs::rename(path, &aside).map_err(|e| io(what, "rename", &e))?;
+    opener.aside.push((path.to_owned(), aside));
+    Ok(())
 }
