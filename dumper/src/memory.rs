@@ -148,9 +148,12 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
     Ok((runs.into_iter().map(|(start, end)| Run { space: number, start, end }).collect(), rest))
 }
 
+/// Runs of pages: first address, and the one after the last.
+type Runs = Vec<(u64, u64)>;
+
 /// Splits `runs` of a process into those whose pages its parent has at the same address as well, and the
 /// others. Without the privilege to see page frames (Documentation/admin-guide/mm/pagemap.rst) there are only others.
-fn shared_pages(pid: Pid, parent: Pid, runs: &[(u64, u64)]) -> Result<(Vec<(u64, u64)>, Vec<(u64, u64)>)> {
+fn shared_pages(pid: Pid, parent: Pid, runs: &[(u64, u64)]) -> Result<(Runs, Runs)> {
     const PRESENT: u64 = 1 << 63;
     const SWAPPED: u64 = 1 << 62;
     const FRAME: u64 = (1 << 55) - 1;

@@ -33,7 +33,7 @@ pub(crate) fn collect(collector: &mut Collector, all: &[&Found], found: &Found) 
         let silent = named && writer.is_none();
         if !collector.sockets.unseen()
             && has_other_end(&found.get(collector)?)
-            && !(silent && !others_have(collector, found))
+            && (!silent || others_have(collector, found))
         {
             collector.refuse(
                 found.title(),

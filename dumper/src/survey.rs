@@ -77,6 +77,9 @@ impl Survey {
     }
 }
 
+/// The memory map of every process.
+pub(crate) type Maps = Vec<(Pid, Vec<Mapping>)>;
+
 /// How often a running tree is looked at before a refusal is believed: what is seen of processes that come and
 /// go need not fit together.
 const LOOKS: u32 = 3;
@@ -86,7 +89,7 @@ pub(crate) fn survey(
     root: Pid,
     policy: tcp::TcpPolicy,
     external_unix: &[ExternalUnix],
-) -> Result<(Survey, Vec<(Pid, Vec<Mapping>)>)> {
+) -> Result<(Survey, Maps)> {
     let (mut survey, mut maps) = look(root, policy, external_unix)?;
     for _ in 1..LOOKS {
         if survey.refusals.is_empty() || survey.processes.len() == 1 {
@@ -121,11 +124,7 @@ fn vforks(found: &Members) -> Vec<Refusal> {
     all.into_iter().map(|(pid, tid)| freeze::vfork(pid, tid)).collect()
 }
 
-fn look(
-    root: Pid,
-    policy: tcp::TcpPolicy,
-    external_unix: &[ExternalUnix],
-) -> Result<(Survey, Vec<(Pid, Vec<Mapping>)>)> {
+fn look(root: Pid, policy: tcp::TcpPolicy, external_unix: &[ExternalUnix]) -> Result<(Survey, Maps)> {
     let mut found = members(root)?;
     let vforks = vforks(&found);
     let mut collector = Collector::new(root, true);

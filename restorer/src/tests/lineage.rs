@@ -187,7 +187,7 @@ impl<'p> Machine<'p> {
         let mut kernel = Kernel::new(FREE);
         kernel.put(SESSION, INIT, SESSION, SESSION);
         kernel.put(TORPOR, SESSION, host().pgid, SESSION);
-        kernel.processes.get_mut(&TORPOR).expect("torpor").subreaper = random % 2 == 0;
+        kernel.processes.get_mut(&TORPOR).expect("torpor").subreaper = random.is_multiple_of(2);
         let root = plan.lineage.nodes[0].pid;
         kernel.fork(TORPOR, false, libc::SIGCHLD, Some(root)).map_err(|e| format!("the root: {e}"))?;
         let mut machine =
