@@ -433,24 +433,26 @@ fn number(value: Value) -> Option<u64> {
 /// What must hold of every plan.
 fn holds(image: &Image, plan: &Plan) {
     let task = &image.tasks[0];
-    let (opens, place) = (&plan.opens, plan.place);
+    let (opens, place, birth) = (&plan.opens, plan.place, &plan.births[0]);
     let plan = &plan.tasks[0];
     let script = |name: &str| &plan.phases.iter().find(|p| p.name == name).expect("a phase").script;
     // Every number gets its description, by dup3 from above all numbers: no move reads what it has written.
     // A set that watches a number used for something else by now borrows it in between.
     let mut made: BTreeMap<u64, DescriptionId> = BTreeMap::new();
-    let mut aside: BTreeMap<u32, DescriptionId> = BTreeMap::new();
+    let mut aside: BTreeMap<u32, Option<DescriptionId>> = BTreeMap::new();
     let last = task.descriptors.last().map_or(-1, |d| i64::from(d.fd));
     for (i, step) in script("descriptors").steps().iter().enumerate() {
         let duplicate = [libc::F_DUPFD, libc::F_DUPFD_CLOEXEC].map(|c| Some(c as u64));
         if step.nr == libc::SYS_fcntl && duplicate.contains(&number(step.args[1])) {
             let id = match step.args[0] {
                 Value::Descriptor(slot) => match opens[slot as usize] {
-                    Open::Description(id) => id,
+                    Open::Description(id) => Some(id),
                     // The program file needs a number for a moment.
                     _ => continue,
                 },
-                Value::Number(fd) => made[&fd],
+                Value::Number(fd) => Some(made[&fd]),
+                // What the task opened itself.
+                Value::Result(_) => None,
                 other => panic!("fcntl of {other:?}"),
             };
             let least = number(step.args[2]).expect("a number") as i64;
@@ -458,11 +460,19 @@ fn holds(image: &Image, plan: &Plan) {
             aside.insert(i as u32, id);
         } else if step.nr == libc::SYS_dup3 {
             let Value::Result(source) = step.args[0] else { panic!("dup3 of {:?}", step.args[0]) };
-            made.insert(number(step.args[1]).expect("a number"), aside[&source.0]);
+            if let Some(id) = aside[&source.0] {
+                made.insert(number(step.args[1]).expect("a number"), id);
+            }
         }
     }
-    let wanted: BTreeMap<u64, DescriptionId> =
-        task.descriptors.iter().map(|d| (d.fd as u64, d.description)).collect();
+    let outside =
+        |id: DescriptionId| !matches!(image.objects.descriptions[id.0 as usize].kind, Kind::PidFd(_));
+    let wanted: BTreeMap<u64, DescriptionId> = task
+        .descriptors
+        .iter()
+        .filter(|d| outside(d.description))
+        .map(|d| (d.fd as u64, d.description))
+        .collect();
     made.retain(|fd, _| wanted.contains_key(fd));
     assert_eq!(made, wanted);
     // Nothing is mapped over the executor, which lies apart from all that is there.
@@ -471,14 +481,16 @@ fn holds(image: &Image, plan: &Plan) {
     for vma in &task.memory.vmas {
         assert!(apart(vma.start, vma.end), "the executor lies on {:x}-{:x}", vma.start, vma.end);
     }
-    for args in calls(script("memory"), libc::SYS_mmap) {
+    // Memory that a child begins with is complete before that is born.
+    let memory = |nr| calls(birth, nr).chain(calls(script("memory"), nr));
+    for args in memory(libc::SYS_mmap) {
         let (start, length) = (number(args[0]).expect("an address"), number(args[1]).expect("a length"));
         assert!(apart(start, start + length), "mmap of {start:x} on the executor");
     }
     // Every area is there in the end, at its place.
-    let places: BTreeSet<u64> = calls(script("memory"), libc::SYS_mmap)
+    let places: BTreeSet<u64> = memory(libc::SYS_mmap)
         .filter_map(|a| number(a[0]))
-        .chain(calls(script("memory"), libc::SYS_mremap).filter_map(|a| number(a[4])))
+        .chain(memory(libc::SYS_mremap).filter_map(|a| number(a[4])))
         .collect();
     for vma in task.memory.vmas.iter().filter(|v| !matches!(v.mapping, Mapping::Kernel { .. })) {
         assert!(places.contains(&vma.start), "nothing is mapped at {:x}", vma.start);
