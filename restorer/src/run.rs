@@ -155,7 +155,7 @@ impl Building<'_> {
     /// the end of their scripts, notice that nobody traces them, and exit.
     fn take_down(&mut self, plan: &Plan, layout: &Layout, arena: &mut Arena) {
         self.kill_traced();
-        for word in [word::ROOT, word::THREADS, word::BORN, word::JOINED, word::TRACED] {
+        for word in [word::ROOT, word::THREADS, word::BORN, word::TURNS, word::JOINED, word::TRACED] {
             arena.release(word);
         }
         let deadline = Instant::now() + LAST_ONES;
