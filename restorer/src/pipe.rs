@@ -10,12 +10,17 @@ use crate::error::{Error, Result};
 use crate::inode;
 use crate::open::Opener;
 
+/// `O_LARGEFILE` as the kernel has it (include/uapi/asm-generic/fcntl.h and arch/arm64): open(2) always sets it on
+/// machines of 64 bits, pipe(2) never does, and no call changes it.
+const O_LARGEFILE: u32 = if cfg!(target_arch = "aarch64") { 0o400000 } else { 0o100000 };
+
 /// The ends of a pipe from which descriptions are made: an end of its own for every description, as
-/// each has flags of its own, by opening it anew through /proc.
+/// each has flags of its own. The first of each side is what pipe(2) gives; others are opened anew through /proc.
 #[derive(Debug)]
 pub(crate) struct Ends {
     any: OwnedFd,
-    _other: Option<OwnedFd>,
+    first_read: Option<OwnedFd>,
+    first_write: Option<OwnedFd>,
 }
 
 pub(crate) fn open(opener: &mut Opener<'_>, what: &str, end: &PipeEnd, flags: u32) -> Result<OwnedFd> {
@@ -24,13 +29,23 @@ pub(crate) fn open(opener: &mut Opener<'_>, what: &str, end: &PipeEnd, flags: u3
         let ends = make(opener, what, pipe)?;
         opener.pipes.insert(end.pipe, ends);
     }
-    let ends = &opener.pipes[&end.pipe];
+    let ends = opener.pipes.get_mut(&end.pipe).expect("it was made above");
+    if flags & O_LARGEFILE == 0 {
+        let first = match flags as i32 & libc::O_ACCMODE {
+            libc::O_RDONLY => ends.first_read.take(),
+            libc::O_WRONLY => ends.first_write.take(),
+            _ => None,
+        };
+        if let Some(first) = first {
+            return Ok(first);
+        }
+    }
     // Of a pipe this is no flag of open(2); it is set afterwards.
     reopen(what, &ends.any, flags & !(libc::O_DIRECT as u32))
 }
 
 fn make(opener: &mut Opener<'_>, what: &str, pipe: &Pipe) -> Result<Ends> {
-    let (any, write, other) = match pipe.fifo {
+    let (any, write, first_read) = match pipe.fifo {
         Some(fifo) => {
             // Both ways at once: opening one way would wait for the other (fifo(7)).
             let any = inode::open(opener, what, fifo, (libc::O_RDWR | libc::O_NONBLOCK) as u32)?;
@@ -40,8 +55,7 @@ fn make(opener: &mut Opener<'_>, what: &str, pipe: &Pipe) -> Result<Ends> {
         None => {
             let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)
                 .map_err(Error::open(what, "pipe2"))?;
-            let other = write.try_clone().map_err(|e| io(what, "dup", &e))?;
-            (read, write, Some(other))
+            (read.try_clone().map_err(|e| io(what, "dup", &e))?, write, Some(read))
         }
     };
     // SAFETY: F_SETPIPE_SZ takes a number.
@@ -56,7 +70,8 @@ fn make(opener: &mut Opener<'_>, what: &str, pipe: &Pipe) -> Result<Ends> {
         at = last;
     }
     stream(what, &write, &pipe.data[at..])?;
-    Ok(Ends { any, _other: other })
+    let first_write = first_read.is_some().then_some(write);
+    Ok(Ends { any, first_read, first_write })
 }
 
 fn stream(what: &str, into: &OwnedFd, mut data: &[u8]) -> Result<()> {
