@@ -274,7 +274,8 @@ impl Building<'_> {
                 Some(Stop::Exited(code)) => return Err(self.died(0, &format!("exit code {code}"))),
                 Some(Stop::Killed(signal)) => return Err(self.died(0, &format!("signal {signal}"))),
                 // Its script has failed, which is found above.
-                Some(Stop::Signal(signal)) if signal == plan.trap => {}
+                Some(Stop::Signal(signal))
+                    if signal == plan.trap && arena.context(0).state != state::RUNNING => {}
                 Some(Stop::Signal(signal)) if ptrace::is_fault(signal) => {
                     return Err(self.died(0, &format!("signal {signal} in the executor")));
                 }
@@ -412,7 +413,12 @@ impl Building<'_> {
         let title = || self.image.tasks[seat.task].title();
         loop {
             match ptrace::wait(seat.tid).map_err(Error::kernel(title()))? {
-                Stop::Signal(signal) if signal == plan.trap => break,
+                // It may be sent by others, too: by the end of a child that tells of it by this signal.
+                Stop::Signal(signal)
+                    if signal == plan.trap && arena.context(seat.context).state != state::RUNNING =>
+                {
+                    break;
+                }
                 Stop::Signal(signal) if ptrace::is_fault(signal) => {
                     return Err(self.died(seat.task, &format!("signal {signal} in the executor")));
                 }
