@@ -1,6 +1,8 @@
-//! kill -9 of `torpor dump --leave-running` at random moments: the process must never notice.
+//! kill -9 of `torpor dump` at random moments: the processes must never notice.
 //!
 //! `TORTURE_ROUNDS` says how often (40 if unset), `TORTURE_SEED` which moments.
+
+mod grove;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -51,6 +53,7 @@ fn main() {
         torture_with(&victim("sysv_msg")?, number("TORTURE_ROUNDS", 40) / 4 + 1)?;
         Ok(torture_with(&victim("sysv_sem")?, number("TORTURE_ROUNDS", 40) / 4 + 1)?)
     }));
+    trials.push(Trial::test("killed dumps of a tree", || Ok(grove::torture(number("TORTURE_ROUNDS", 40))?)));
     let trials = trials.into_iter().map(|t| t.with_ignored_flag(!is_root())).collect();
     libtest_mimic::run(&arguments, trials).exit();
 }
@@ -154,38 +157,8 @@ impl Subject {
         Ok(all[1])
     }
 
-    /// Starts a dump and kills it after `moment`; whether it had not ended by itself.
     fn killed_dump(&mut self, moment: Duration) -> Outcome<bool> {
-        if self.image.join("manifest.tpr").exists() {
-            fs::remove_dir_all(&self.image).map_err(|e| e.to_string())?;
-        }
-        let pid = self.victim.pid.to_string();
-        let image = self.image.to_str().ok_or("a path")?;
-        let mut command = torpor_command(&["dump", "--leave-running", &pid, image]);
-        let begin = Instant::now();
-        let mut dump = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(|e| e.to_string())?;
-        while begin.elapsed() < moment {
-            if moment == PATIENCE && dump.try_wait().map_err(|e| e.to_string())?.is_some() {
-                break;
-            }
-            let left = moment.saturating_sub(begin.elapsed());
-            if left > Duration::from_micros(200) {
-                std::thread::sleep((left - Duration::from_micros(100)).min(Duration::from_micros(500)));
-            }
-        }
-        let ended = dump.try_wait().map_err(|e| e.to_string())?;
-        dump.kill().map_err(|e| e.to_string())?;
-        let status = dump.wait().map_err(|e| e.to_string())?;
-        if let Some(status) = ended {
-            ensure!(status.success(), "a dump that was not disturbed ended with {status}");
-        }
-        use std::os::unix::process::ExitStatusExt;
-        Ok(status.signal() == Some(libc::SIGKILL))
+        killed_dump(self.victim.pid, &self.image, &["--leave-running"], moment)
     }
 
     /// Whether the process is as it was, and how long it took to be.
@@ -237,6 +210,40 @@ impl Subject {
         }
         Ok(())
     }
+}
+
+/// Starts a dump and kills it after `moment`; whether it had not ended by itself.
+fn killed_dump(pid: i32, image: &Path, options: &[&str], moment: Duration) -> Outcome<bool> {
+    if image.join("manifest.tpr").exists() {
+        fs::remove_dir_all(image).map_err(|e| e.to_string())?;
+    }
+    let pid = pid.to_string();
+    let mut command = torpor_command(&["dump"]);
+    command.args(options).arg(pid).arg(image);
+    let begin = Instant::now();
+    let mut dump = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|e| e.to_string())?;
+    while begin.elapsed() < moment {
+        if moment == PATIENCE && dump.try_wait().map_err(|e| e.to_string())?.is_some() {
+            break;
+        }
+        let left = moment.saturating_sub(begin.elapsed());
+        if left > Duration::from_micros(200) {
+            std::thread::sleep((left - Duration::from_micros(100)).min(Duration::from_micros(500)));
+        }
+    }
+    let ended = dump.try_wait().map_err(|e| e.to_string())?;
+    dump.kill().map_err(|e| e.to_string())?;
+    let status = dump.wait().map_err(|e| e.to_string())?;
+    if let Some(status) = ended {
+        ensure!(status.success(), "a dump that was not disturbed ended with {status}");
+    }
+    use std::os::unix::process::ExitStatusExt;
+    Ok(status.signal() == Some(libc::SIGKILL))
 }
 
 /// xorshift64
