@@ -15,6 +15,7 @@ use torpor_kernel::ids::Pid;
 
 use crate::collect::{Collector, Known};
 use crate::error::{Error, Result};
+use crate::opened::Opened;
 use crate::{
     anon, epoll, eventfd, inet, inode, inotify, mqueue, netlink, packet, pidfd, pipe, raw, signalfd,
     terminal, timerfd, udp, unix,
@@ -74,10 +75,11 @@ pub(crate) struct Table {
 }
 
 /// Every descriptor of a process. One that vanishes meanwhile, as happens to a running process, is left out.
-pub(crate) fn look(pid: Pid) -> Result<Vec<Found>> {
-    let mut all = Vec::new();
-    for fd in fds::list(pid).map_err(Error::kernel(pid, "listing its descriptors"))? {
-        match look_at(pid, fd) {
+pub(crate) fn look(opened: &Opened) -> Result<Vec<Found>> {
+    let pid = opened.pid;
+    let mut all = Vec::with_capacity(opened.fds.len());
+    for (fd, link) in &opened.fds {
+        match look_with(pid, *fd, link.clone()) {
             Ok(found) => all.push(found),
             Err(e) if e.is_gone() => {}
             Err(e) => return Err(Error::kernel(pid, format!("reading fd {fd}"))(e)),
@@ -92,13 +94,11 @@ fn closed(error: &torpor_kernel::Error) -> bool {
 }
 
 pub(crate) fn look_at(pid: Pid, fd: i32) -> torpor_kernel::Result<Found> {
-    Ok(Found {
-        pid,
-        fd,
-        link: fds::readlink(pid, fd)?,
-        stat: fds::stat(pid, fd)?,
-        info: torpor_kernel::fdinfo::fdinfo(pid, fd)?,
-    })
+    look_with(pid, fd, fds::readlink(pid, fd)?)
+}
+
+fn look_with(pid: Pid, fd: i32, link: Vec<u8>) -> torpor_kernel::Result<Found> {
+    Ok(Found { pid, fd, link, stat: fds::stat(pid, fd)?, info: torpor_kernel::fdinfo::fdinfo(pid, fd)? })
 }
 
 /// Collects what is behind the descriptors of a whole tree, `all` of them by process. Gives the tables in the
@@ -374,6 +374,9 @@ fn locks(collector: &mut Collector, found: &Found) -> (Option<Flock>, Vec<OfdLoc
 fn posix_locks(collector: &Collector, all: &[Found], table: &Table) -> Vec<PosixLock> {
     let mut locks: Vec<PosixLock> = Vec::new();
     for found in all {
+        if found.info.locks.iter().all(|l| l.kind != LockKind::Posix) {
+            continue;
+        }
         let Some(descriptor) = table.descriptors.iter().find(|d| d.fd == found.fd) else { continue };
         let kind = &collector.objects.descriptions[descriptor.description.0 as usize].kind;
         let inode = if let Kind::File(id) = kind { Some(*id) } else { None };

@@ -10,12 +10,12 @@ use torpor_image::description::Kind;
 use torpor_image::inode::Source;
 use torpor_image::inotify::{Inotify, Watch};
 use torpor_kernel::fdinfo::InotifyWatch;
-use torpor_kernel::ids::Pid;
 use torpor_kernel::{fds, mountinfo, process};
 
 use crate::collect::{Collector, stat_path};
 use crate::description::Found;
 use crate::error::{Error, Result};
+use crate::opened::Opened;
 
 /// Largest file handle (linux/exportfs.h, `MAX_HANDLE_SZ`).
 const MAX_HANDLE: usize = 128;
@@ -112,13 +112,11 @@ fn queued(fd: &OwnedFd) -> i32 {
 }
 
 /// Whether a process has events that it has not read yet, and that a dump would lose.
-pub(crate) fn unread(pid: Pid) -> bool {
-    let inotify = |fd: &i32| fds::readlink(pid, *fd).is_ok_and(|link| link == b"anon_inode:inotify");
-    let all = fds::list(pid).unwrap_or_default();
-    let mut all = all.into_iter().filter(inotify).peekable();
+pub(crate) fn unread(opened: &Opened) -> bool {
+    let mut all = opened.fds.iter().filter(|(_, link)| link == b"anon_inode:inotify").peekable();
     if all.peek().is_none() {
         return false;
     }
-    let Ok(pidfd) = fds::pidfd_open(pid) else { return false };
-    all.any(|fd| fds::getfd(pidfd.as_fd(), fd).is_ok_and(|fd| queued(&fd) > 0))
+    let Ok(pidfd) = fds::pidfd_open(opened.pid) else { return false };
+    all.any(|(fd, _)| fds::getfd(pidfd.as_fd(), *fd).is_ok_and(|fd| queued(&fd) > 0))
 }

@@ -17,6 +17,7 @@
 
 mod address;
 mod anon;
+mod capture;
 mod collect;
 mod credentials;
 mod description;
@@ -37,6 +38,7 @@ mod mark;
 mod memory;
 mod mqueue;
 mod netlink;
+mod opened;
 mod packet;
 mod peek;
 mod pidfd;
@@ -69,6 +71,7 @@ mod tty_guardian;
 mod udp;
 mod unix;
 mod vma;
+mod workers;
 
 pub use dump::{Destination, Dumped, Frozen, Options, Target, check};
 pub use error::{Error, Refusal, Result};

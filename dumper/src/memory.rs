@@ -19,6 +19,7 @@ use torpor_kernel::pagemap::{PageScan, Want};
 use crate::collect::Content;
 use crate::error::{Error, Result};
 use crate::stage::Stage;
+use crate::workers;
 
 /// Bytes copied at a time: fits into the second-level cache, so that the zero test and the checksum read
 /// what is there already.
@@ -94,8 +95,9 @@ pub(crate) fn copy(
 ) -> Result<Copied> {
     let mut runs = Vec::new();
     let mut rests = Vec::with_capacity(spaces.len());
-    for (number, space) in spaces.iter().enumerate() {
-        let (own, rest) = find(number, space, spaces)?;
+    let numbered: Vec<(usize, &Space<'_>)> = spaces.iter().enumerate().collect();
+    for found in workers::each(&numbered, |(number, space)| find(*number, space, spaces)) {
+        let (own, rest) = found?;
         runs.extend(own);
         rests.push(rest);
     }

@@ -4,16 +4,16 @@
 //! the freeze is put off for it; what still waits then is refused: without it a program waits for ever, or
 //! believes in devices and addresses that are gone.
 
+use std::collections::HashSet;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use torpor_image::description::Kind;
 use torpor_image::netlink::{NETLINK_OPTIONS, NetlinkSocket};
-use torpor_kernel::fds;
-use torpor_kernel::ids::Pid;
 
 use crate::collect::Collector;
 use crate::description::Found;
 use crate::error::{Error, Result};
+use crate::opened::Opened;
 use crate::{ip, socket};
 
 /// linux/netlink.h
@@ -84,14 +84,12 @@ fn groups(fd: &OwnedFd) -> Vec<u32> {
 }
 
 /// Whether a process has messages that it has not read yet, and that a dump would refuse.
-pub(crate) fn unread(pid: Pid) -> bool {
+pub(crate) fn unread(all: &[Opened]) -> bool {
+    let own: HashSet<u32> = all.iter().flat_map(Opened::sockets).collect();
+    if own.is_empty() {
+        return false;
+    }
     let waits = |s: &torpor_kernel::netlink::Socket| s.port != 0 && (s.waiting > 0 || s.dumping);
     let Ok(all) = torpor_kernel::netlink::sockets() else { return false };
-    let links: Vec<Vec<u8>> =
-        all.into_iter().filter(waits).map(|s| format!("socket:[{}]", s.inode).into_bytes()).collect();
-    !links.is_empty()
-        && fds::list(pid)
-            .unwrap_or_default()
-            .into_iter()
-            .any(|fd| fds::readlink(pid, fd).is_ok_and(|link| links.contains(&link)))
+    all.iter().any(|s| waits(s) && own.contains(&s.inode))
 }

@@ -20,6 +20,7 @@ use torpor_kernel::{fds, process};
 use crate::collect::{Collector, stat_path};
 use crate::description::Found;
 use crate::error::{Error, Result};
+use crate::opened::Opened;
 use crate::{survey, tty_guardian as guardian};
 
 /// Less than a line discipline holds: with fewer bytes in it, it takes more.
@@ -124,7 +125,13 @@ pub(crate) fn hung_up(collector: &mut Collector, found: &Found) -> Result<Option
 }
 
 /// Whether something is on its way through pairs of these processes: programs read at once, as a rule.
-pub(crate) fn unread(pids: &[Pid]) -> bool {
+pub(crate) fn unread(all: &[Opened]) -> bool {
+    // There is nothing without a master.
+    if !all.iter().any(|o| o.fds.iter().any(|(_, link)| link.ends_with(b"/ptmx"))) {
+        return false;
+    }
+    let pids: Vec<Pid> = all.iter().map(|o| o.pid).collect();
+    let pids = &pids[..];
     let waits = |fd: &OwnedFd| {
         let _carried_on = tty::poll(fd, libc::POLLIN);
         tty::unread(fd).is_ok_and(|n| n > 0) || tty::poll(fd, libc::POLLPRI) & libc::POLLPRI != 0

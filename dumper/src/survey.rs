@@ -10,8 +10,9 @@ use torpor_kernel::{process, status};
 
 use crate::collect::{Collector, stat_path};
 use crate::error::{Error, Refusal, Result};
+use crate::opened::Opened;
 use crate::unix::ExternalUnix;
-use crate::{description, freeze, mqueue, sysv, task, tcp, vma};
+use crate::{description, freeze, mqueue, sysv, task, tcp, vma, workers};
 
 /// What a dump of a tree would find.
 #[derive(Clone, Debug)]
@@ -132,9 +133,11 @@ fn look(root: Pid, policy: tcp::TcpPolicy, external_unix: &[ExternalUnix]) -> Re
     collector.sockets.rules = external_unix.to_vec();
     collector.members = found.living.iter().map(|(pid, _)| pid.0).collect();
     let mut tables = Vec::new();
+    let mut looks =
+        workers::each(&found.living, |(pid, _)| description::look(&Opened::read(living(*pid))?)).into_iter();
     found.living.retain(|&(pid, _)| {
         // Only the root must be there; another process may end at any moment.
-        match description::look(living(pid)) {
+        match looks.next().expect("one for each") {
             Ok(table) => tables.push(Ok(table)),
             Err(e) if pid == root => tables.push(Err(e)),
             Err(_gone) if has_ended(pid) => return false,
@@ -157,10 +160,11 @@ fn look(root: Pid, policy: tcp::TcpPolicy, external_unix: &[ExternalUnix]) -> Re
     };
     tcp::finish(&mut collector)?;
     let (mut processes, mut maps) = (Vec::new(), Vec::new());
-    for (i, (pid, status)) in found.living.iter().enumerate() {
+    let areas = workers::each(&found.living, |(pid, _)| vma::read(living(*pid)));
+    for (i, ((pid, status), area)) in found.living.iter().zip(areas).enumerate() {
         collector.turn_to(living(*pid));
         let (before, lost) = (collector.refusals.len(), collector.losses.len());
-        let area = match process(&mut collector, root, *pid, status) {
+        let area = match area.and_then(|maps| process(&mut collector, root, *pid, status, maps)) {
             Ok(area) => area,
             Err(_gone) if *pid != root && has_ended(*pid) => {
                 collector.refusals.truncate(before);
@@ -204,9 +208,9 @@ fn process(
     root: Pid,
     pid: Pid,
     status: &status::Status,
+    maps: Vec<Mapping>,
 ) -> Result<(usize, Vec<Mapping>)> {
     refuse_process(collector, pid == root, status)?;
-    let maps = vma::read(collector)?;
     let areas = vma::collect(collector, &maps)?.len();
     task::exe(collector)?;
     Ok((areas, maps))

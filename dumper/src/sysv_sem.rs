@@ -60,7 +60,13 @@ pub(crate) fn collect(collector: &mut Collector, members: &[Pid]) -> Result<()> 
 /// Whether a process has an undo list; one that it shares with another is refused.
 fn has_list(collector: &mut Collector, title: Pid) -> bool {
     let pid = collector.pid;
-    if !fds::kcmp(pid, Pid::this(), KcmpType::Sysvsem, 0, 0).is_ok_and(|o| o != Ordering::Equal) {
+    // This thread must have none, to compare with; one that has made another has (`CLONE_SYSVSEM`, pthread_create(3)).
+    // SAFETY: both calls take numbers only; we do not operate on semaphores with SEM_UNDO.
+    let this = Pid(unsafe {
+        libc::unshare(libc::CLONE_SYSVSEM);
+        libc::gettid()
+    });
+    if !fds::kcmp(pid, this, KcmpType::Sysvsem, 0, 0).is_ok_and(|o| o != Ordering::Equal) {
         return false;
     }
     let same =

@@ -6,19 +6,23 @@ use torpor_image::memory::{AddressSpace, MmFields};
 use torpor_image::task::{Shares, Task};
 use torpor_image::vma::Vma;
 use torpor_image::{Bytes, InodeId, Pid as ImagePid};
+use torpor_kernel::ids::Pid;
 use torpor_kernel::maps::Mapping;
 use torpor_kernel::memory::Memory;
-use torpor_kernel::{process, ptrace, stat, timers};
-use torpor_parasite::script::{OpId, Script, Value};
+use torpor_kernel::stat::{self, Stat};
+use torpor_kernel::status::{self, Status};
+use torpor_kernel::timers::{self, PosixTimer};
+use torpor_kernel::{process, ptrace};
+use torpor_parasite::script::{Data, OpId, Outcome, Script, Value};
 
 use crate::collect::{Collector, stat_path};
 use crate::description::Table;
 use crate::error::{Error, Result};
 use crate::freeze::Frozen;
 use crate::gadget::Gadgets;
-use crate::inject::{self, Entry};
+use crate::inject::{self, Before, Entry, Visit};
 use crate::restart::Restarts;
-use crate::{signal, sysv_sem, terminal, thread, timer};
+use crate::{signal, sysv_sem, terminal, thread, timer, vma};
 
 /// prctl(2) operations (linux/prctl.h).
 const PR_GET_DUMPABLE: u64 = 3;
@@ -37,14 +41,14 @@ const MEMBARRIER_CMD_GET_REGISTRATIONS: u64 = 1 << 9;
 struct Asked {
     brk: OpId,
     dumpable: OpId,
-    subreaper: torpor_parasite::script::Data,
+    subreaper: Data,
     thp_disabled: OpId,
     membarrier: OpId,
     mdwe: OpId,
     memory_merge: OpId,
     machine_checks: OpId,
-    tsc: torpor_parasite::script::Data,
-    limits: Vec<torpor_parasite::script::Data>,
+    tsc: Data,
+    limits: Vec<Data>,
 }
 
 fn ask(script: &mut Script) -> Asked {
@@ -93,20 +97,80 @@ pub(crate) struct Collected {
     pub(crate) vdso: Bytes,
 }
 
-/// Enters the frozen process, asks it all, leaves it, and puts the answers together.
-pub(crate) fn collect(
+/// What /proc tells of a stopped process.
+#[derive(Debug)]
+pub(crate) struct Outside {
+    pub(crate) maps: Vec<Mapping>,
+    pub(crate) status: Status,
+    stat: Stat,
+    /// Of a thread that lives: of a first thread that has ended no addresses are shown.
+    living: Stat,
+    posix: Vec<PosixTimer>,
+    auxv: Bytes,
+    coredump_filter: Option<u32>,
+    cwd: Bytes,
+    root: Bytes,
+    personality: u32,
+    oom_score_adj: i32,
+}
+
+impl Outside {
+    /// The parent.
+    pub(crate) fn ppid(&self) -> i32 {
+        self.stat.ppid
+    }
+}
+
+/// Reads all of it, of process `own_pid` by way of its thread `pid`.
+pub(crate) fn look(own_pid: Pid, pid: Pid) -> Result<Outside> {
+    let fail = |what: &str| Error::kernel(pid, format!("reading {what}"));
+    let stat = stat::of_process(own_pid).map_err(fail("its stat"))?;
+    Ok(Outside {
+        maps: vma::read(pid)?,
+        status: status::of_process(pid).map_err(fail("its status"))?,
+        living: if own_pid == pid {
+            stat.clone()
+        } else {
+            stat::of_process(pid).map_err(fail("its stat"))?
+        },
+        stat,
+        posix: timers::timers(pid).map_err(fail("its timers"))?,
+        auxv: process::auxv(pid).map_err(fail("its auxiliary vector"))?.into(),
+        coredump_filter: process::coredump_filter(pid).map_err(fail("its coredump filter"))?,
+        cwd: process::cwd(pid).map_err(fail("its working directory"))?.into(),
+        root: process::root(pid).map_err(fail("its root directory"))?.into(),
+        personality: process::personality(pid).map_err(fail("its personality"))?,
+        oom_score_adj: process::oom_score_adj(pid).map_err(fail("its oom_score_adj"))?,
+    })
+}
+
+/// A stopped process whose scripts are written.
+pub(crate) struct Prepared {
+    memory: Memory,
+    stopped: Vec<thread::Stopped>,
+    before: Vec<Before>,
+    /// Signals that it handles or has pending.
+    taken: u64,
+    own_tgid: i32,
+    asked: Asked,
+    signals: Vec<Data>,
+    timers: timer::Asked,
+    threads: Vec<thread::Asked>,
+    scripts: Vec<Script>,
+}
+
+/// Reads the threads of a process, and writes what they will be asked.
+pub(crate) fn prepare(
     collector: &mut Collector,
-    frozen: &mut Frozen,
-    known: (Gadgets, &Restarts),
-    maps: &[Mapping],
-    vmas: Vec<Vma>,
-    table: Table,
-) -> Result<Collected> {
+    frozen: &Frozen,
+    outside: &Outside,
+    restarts: &Restarts,
+) -> Result<Prepared> {
     let (own_pid, pid) = (frozen.pid(), frozen.living());
     let memory = Memory::open(pid, true).map_err(Error::kernel(pid, "opening its memory"))?;
     let tids: Vec<_> = frozen.threads().iter().map(|t| t.tid).collect();
     let stopped: Vec<thread::Stopped> =
-        tids.iter().map(|&tid| thread::read(frozen, tid, &memory, known.1)).collect::<Result<_>>()?;
+        tids.iter().map(|&tid| thread::read(frozen, tid, &memory, restarts)).collect::<Result<_>>()?;
     for thread in &stopped {
         thread::refuse(collector, thread);
         if thread.lost_call {
@@ -114,57 +178,87 @@ pub(crate) fn collect(
             collector.lose(format!("thread {tid}: which call a signal interrupts; it fails with EINTR"));
         }
     }
-    let posix = timers::timers(pid).map_err(Error::kernel(pid, "reading its timers"))?;
-    timer::refuse(collector, &posix, stopped.len());
-    if !collector.refusals.is_empty() {
-        return Err(Error::Refused { pid: own_pid, refusals: std::mem::take(&mut collector.refusals) });
-    }
-
+    timer::refuse(collector, &outside.posix, stopped.len());
     let mut leader = Script::new();
     let asked = ask(&mut leader);
-    let asked_signals = signal::ask(&mut leader);
-    let asked_timers = timer::ask(&mut leader, &posix);
-    let mut asked_threads = vec![thread::ask(&mut leader)];
+    let signals = signal::ask(&mut leader);
+    let timers = timer::ask(&mut leader, &outside.posix);
+    let mut threads = vec![thread::ask(&mut leader)];
     let mut scripts = vec![leader];
     for _ in &stopped[1..] {
         let mut script = Script::new();
-        asked_threads.push(thread::ask(&mut script));
+        threads.push(thread::ask(&mut script));
         scripts.push(script);
     }
-    let before: Vec<_> = stopped.iter().map(|s| s.before.clone()).collect();
     let taken = stopped
         .iter()
         .fold(0, |all, s| all | s.status.caught | s.status.sig_pending | s.status.shared_pending);
-    // Ids as the process itself sees them differ from ours in a pid namespace of its own.
-    let own_tgid = if frozen.leader_ended() { own_pid.0 } else { stopped[0].before.own_tid };
-    let entry = Entry { maps, gadgets: known.0, taken_signals: taken, own_tgid };
-    let outcomes = inject::run(frozen, &memory, &before, &entry, &scripts)?;
-    sysv_sem::adjustments(collector, own_pid, |script| {
-        let answers = inject::run(frozen, &memory, &before, &entry, std::slice::from_ref(script))?;
-        Ok(answers.into_iter().next().unwrap_or_default())
-    })?;
-    if !collector.refusals.is_empty() {
-        return Err(Error::Refused { pid: own_pid, refusals: std::mem::take(&mut collector.refusals) });
-    }
+    Ok(Prepared {
+        memory,
+        before: stopped.iter().map(|s| s.before.clone()).collect(),
+        taken,
+        // Ids as the process itself sees them differ from ours in a pid namespace of its own.
+        own_tgid: if frozen.leader_ended() { own_pid.0 } else { stopped[0].before.own_tid },
+        stopped,
+        asked,
+        signals,
+        timers,
+        threads,
+        scripts,
+    })
+}
 
+impl Prepared {
+    /// The way into the process, to ask what is to be asked or, if given, something else of the leader.
+    pub(crate) fn visit<'a>(
+        &'a self,
+        frozen: &'a mut Frozen,
+        gadgets: Gadgets,
+        maps: &'a [Mapping],
+        other: Option<&'a Script>,
+    ) -> Visit<'a> {
+        Visit {
+            frozen,
+            memory: &self.memory,
+            threads: &self.before,
+            entry: Entry { maps, gadgets, taken_signals: self.taken, own_tgid: self.own_tgid },
+            scripts: other.map_or(&self.scripts, std::slice::from_ref),
+        }
+    }
+}
+
+/// Puts the answers together.
+pub(crate) fn assemble(
+    collector: &mut Collector,
+    frozen: &mut Frozen,
+    gadgets: Gadgets,
+    (prepared, outside): (Prepared, Outside),
+    outcomes: &[Outcome],
+    vmas: Vec<Vma>,
+    table: Table,
+) -> Result<Collected> {
+    let (own_pid, pid) = (frozen.pid(), frozen.living());
+    sysv_sem::adjustments(collector, own_pid, |script| {
+        let visit = prepared.visit(frozen, gadgets, &outside.maps, Some(script));
+        let answers = inject::prepare(vec![visit])?.run()?;
+        Ok(answers.into_iter().flatten().next().unwrap_or_default())
+    })?;
+    let Prepared { memory, stopped, asked, signals, timers, threads, .. } = prepared;
+    let Outside { maps, stat, living, posix, .. } = outside;
     let first = &outcomes[0];
     // Read after the timers: a signal that a timer sends in between is kept twice rather than lost.
     let shared_pending = thread::infos(
         ptrace::pending(torpor_kernel::ids::Tid(pid.0), true)
             .map_err(Error::kernel(pid, "reading pending signals"))?,
     );
-    let fail = |what: &str| Error::kernel(pid, format!("reading {what}"));
-    let stat = stat::of_process(own_pid).map_err(fail("its stat"))?;
-    // Of a first thread that has ended no addresses are shown.
-    let addresses = stat::of_process(pid).map_err(fail("its stat"))?;
     let status = stopped[0].status.clone();
-    let signals = signal::assemble(&asked_signals, first, shared_pending);
-    let timers = timer::assemble(&asked_timers, first, &posix);
+    let signals = signal::assemble(&signals, first, shared_pending);
+    let timers = timer::assemble(&timers, first, &posix);
     let stopped_by_job_control = frozen.stopped();
     let threads = stopped
         .into_iter()
-        .zip(asked_threads)
-        .zip(&outcomes)
+        .zip(threads)
+        .zip(outcomes)
         .map(|((stopped, asked), outcome)| thread::assemble(pid, stopped, asked, outcome))
         .collect::<Result<Vec<_>>>()?;
     let policy = first.result(asked.machine_checks);
@@ -177,30 +271,30 @@ pub(crate) fn collect(
     }
     let number = |op: OpId| first.result(op).max(0) as u32;
     let fields = MmFields {
-        start_code: addresses.start_code,
-        end_code: addresses.end_code,
-        start_data: addresses.start_data,
-        end_data: addresses.end_data,
-        start_brk: addresses.start_brk,
+        start_code: living.start_code,
+        end_code: living.end_code,
+        start_data: living.start_data,
+        end_data: living.end_data,
+        start_brk: living.start_brk,
         brk: first.result(asked.brk) as u64,
-        start_stack: addresses.start_stack,
-        arg_start: addresses.arg_start,
-        arg_end: addresses.arg_end,
-        env_start: addresses.env_start,
-        env_end: addresses.env_end,
+        start_stack: living.start_stack,
+        arg_start: living.arg_start,
+        arg_end: living.arg_end,
+        env_start: living.env_start,
+        env_end: living.env_end,
     };
-    let vdso = vdso(maps, &memory).map_err(fail("its vdso"))?;
+    let vdso = vdso(&maps, &memory).map_err(Error::kernel(pid, "reading its vdso"))?;
     let address_space = AddressSpace {
         vmas,
         pages: Extents::default(),
         fields,
-        auxv: process::auxv(pid).map_err(fail("its auxiliary vector"))?.into(),
+        auxv: outside.auxv,
         exe: exe(collector)?,
         dumpable: number(asked.dumpable),
         thp_disabled: number(asked.thp_disabled),
         mdwe: number(asked.mdwe),
         memory_merge: number(asked.memory_merge),
-        coredump_filter: process::coredump_filter(pid).map_err(fail("its coredump filter"))?,
+        coredump_filter: outside.coredump_filter,
         membarrier: number(asked.membarrier),
     };
     let task = Task {
@@ -216,17 +310,17 @@ pub(crate) fn collect(
         signals,
         timers,
         limits: asked.limits.iter().map(|&l| (first.u64(l), first.u64(l.at(8)))).collect(),
-        cwd: process::cwd(pid).map_err(fail("its working directory"))?.into(),
-        root: process::root(pid).map_err(fail("its root directory"))?.into(),
+        cwd: outside.cwd,
+        root: outside.root,
         umask: status.umask,
-        personality: process::personality(pid).map_err(fail("its personality"))?,
-        oom_score_adj: process::oom_score_adj(pid).map_err(fail("its oom_score_adj"))?,
+        personality: outside.personality,
+        oom_score_adj: outside.oom_score_adj,
         child_subreaper: first.u32(asked.subreaper) != 0,
         exit_signal: stat.exit_signal,
         stop_report: if stopped_by_job_control { stat.exit_code & 0x7f } else { 0 },
         leader_ended: frozen.leader_ended().then_some(stat.exit_code),
         shares: Shares::default(),
-        terminal: terminal::controlling(collector)?,
+        terminal: terminal::controlling(collector, &living)?,
     };
     Ok(Collected { task, vdso })
 }

@@ -33,6 +33,7 @@ use self::queues::{Queues, queues};
 use crate::collect::Collector;
 use crate::error::{Error, Result};
 use crate::hold::Hold;
+use crate::opened::Opened;
 use crate::socket::Fresh;
 
 const RECEIVING: u8 = 1;
@@ -89,8 +90,8 @@ impl Captures {
 
 /// Whether processes have data waiting that only they can take in: in a connection that it has not accepted yet, or
 /// behind a full window of its own from a sender that is gone. A dump that waits a moment may find it taken.
-pub(crate) fn busy(processes: impl Iterator<Item = Pid>) -> bool {
-    let own: HashSet<u32> = processes.flat_map(sockets_of).collect();
+pub(crate) fn busy(processes: &[Opened]) -> bool {
+    let own: HashSet<u32> = processes.iter().flat_map(Opened::sockets).collect();
     if own.is_empty() {
         return false;
     }

@@ -12,11 +12,12 @@ use torpor_image::pty::{PtyEnd, Side};
 use torpor_image::terminal::{ControllingTerminal, Terminal};
 use torpor_image::{Bytes, Pid as ImagePid};
 use torpor_kernel::ids::Pid;
-use torpor_kernel::{stat, tty};
+use torpor_kernel::stat::{self, Stat};
+use torpor_kernel::tty;
 
 use crate::collect::Collector;
 use crate::description::Found;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::pty::{self, Whose};
 
 /// Bytes of the kernel's `struct termios` (asm-generic/termbits.h): four words, a line, 19 characters.
@@ -91,9 +92,7 @@ fn controls(pid: Pid) -> Option<(u32, u32)> {
 }
 
 /// The controlling terminal of the process that is being looked at.
-pub(crate) fn controlling(collector: &mut Collector) -> Result<Option<ControllingTerminal>> {
-    let pid = collector.pid;
-    let stat = stat::of_process(pid).map_err(Error::kernel(pid, "reading its stat"))?;
+pub(crate) fn controlling(collector: &mut Collector, stat: &Stat) -> Result<Option<ControllingTerminal>> {
     let Some((major, number)) = stat.tty() else { return Ok(None) };
     let pty = match tty::SLAVE_MAJORS.contains(&major) {
         true => pty::whose(collector, number, None)?,

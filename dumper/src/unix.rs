@@ -21,6 +21,7 @@ use torpor_kernel::{fds, sock_diag};
 use crate::collect::{Collector, stat_path};
 use crate::description::Found;
 use crate::error::Result;
+use crate::opened::Opened;
 use crate::socket;
 
 pub(crate) use flight::{Sockets, flight, resolve, scan};
@@ -258,13 +259,8 @@ fn outside(
 }
 
 /// Whether processes have connections that they have not accepted yet, and that a dump would lose.
-pub(crate) fn unaccepted(pids: impl Iterator<Item = Pid>) -> bool {
-    let number = |(pid, fd): (Pid, i32)| {
-        let link = fds::readlink(pid, fd).ok()?;
-        std::str::from_utf8(link.strip_prefix(b"socket:[")?.strip_suffix(b"]")?).ok()?.parse::<u32>().ok()
-    };
-    let fds = pids.flat_map(|pid| fds::list(pid).unwrap_or_default().into_iter().map(move |fd| (pid, fd)));
-    let owned: HashSet<u32> = fds.filter_map(number).collect();
+pub(crate) fn unaccepted(all: &[Opened]) -> bool {
+    let owned: HashSet<u32> = all.iter().flat_map(Opened::sockets).collect();
     if owned.is_empty() {
         return false;
     }

@@ -8,6 +8,7 @@ use torpor_image::extent::Extents;
 use torpor_image::inode::Source;
 use torpor_image::vma::{Lock, Mapping as Maps, Vma};
 use torpor_image::{Bytes, InodeId};
+use torpor_kernel::ids::Pid;
 use torpor_kernel::maps::{Kind, Mapping};
 
 use crate::collect::{Collector, Content, stat_path};
@@ -247,7 +248,7 @@ fn note_mapped(collector: &mut Collector, id: InodeId, mapping: &Mapping) {
     }
 }
 
-/// Wraps an error of reading smaps.
-pub(crate) fn read(collector: &Collector) -> Result<Vec<Mapping>> {
-    torpor_kernel::maps::smaps(collector.pid).map_err(Error::kernel(collector.pid, "reading its memory map"))
+/// The memory map of a process with all that is told of its areas.
+pub(crate) fn read(pid: Pid) -> Result<Vec<Mapping>> {
+    torpor_kernel::maps::smaps(pid).map_err(Error::kernel(pid, "reading its memory map"))
 }

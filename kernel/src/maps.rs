@@ -9,7 +9,7 @@
 //!
 //! One pass over the bytes: a mapping in smaps is 25 lines, of which five matter.
 
-use crate::text::{device, hex, lines, number, read_sized, unescape, words};
+use crate::text::{device, hex, lines, number, unescape, with, words};
 use crate::{Error, Pid, Result};
 
 /// One mapping.
@@ -163,13 +163,13 @@ impl Mapping {
 /// The mappings with their flags and sizes. Costs the kernel a walk of the page tables.
 pub fn smaps(pid: Pid) -> Result<Vec<Mapping>> {
     let path = format!("/proc/{pid}/smaps");
-    parse(&path, &read_sized(&path, 512 * 1024)?)
+    with(&path, |text| parse(&path, text))?
 }
 
 /// The mappings without flags and sizes; cheap.
 pub fn maps(pid: Pid) -> Result<Vec<Mapping>> {
     let path = format!("/proc/{pid}/maps");
-    parse(&path, &read_sized(&path, 64 * 1024)?)
+    with(&path, |text| parse(&path, text))?
 }
 
 /// Parses the text of an smaps file.

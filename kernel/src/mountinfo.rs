@@ -4,7 +4,7 @@
 //! `seq_path_root` and `mangle`), and type and source escape `#` as well. The optional fields end with a lone `-`.
 //! The root may read `/path//deleted` when the mounted directory is gone.
 
-use crate::text::{device, lines, number, read_sized, unescape};
+use crate::text::{device, lines, number, unescape, with};
 use crate::{Error, Pid, Result};
 
 /// One mount.
@@ -35,7 +35,7 @@ pub struct Mount {
 /// Reads the mounts, in the order in which they were made.
 pub fn mountinfo(pid: Pid) -> Result<Vec<Mount>> {
     let path = format!("/proc/{pid}/mountinfo");
-    parse_file(&path, &read_sized(&path, 32 * 1024)?)
+    with(&path, |text| parse_file(&path, text))?
 }
 
 /// Parses the text of a mountinfo file.

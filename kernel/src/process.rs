@@ -8,7 +8,7 @@ use std::mem::size_of;
 use nix::errno::Errno;
 
 use crate::error::check;
-use crate::text::{hex, list, list_numbers, number, read, readlink, words};
+use crate::text::{hex, list, list_numbers, number, read, read_record, readlink, words};
 use crate::{Error, Pid, Result, Tid, abi, stat};
 
 /// The threads, in order of tid.
@@ -65,7 +65,7 @@ pub fn cmdline(pid: Pid) -> Result<Vec<u8>> {
 
 /// The thread's name.
 pub fn comm(pid: Pid, tid: Tid) -> Result<Vec<u8>> {
-    let mut name = read(&format!("/proc/{pid}/task/{tid}/comm"))?;
+    let mut name = read_record(&format!("/proc/{pid}/task/{tid}/comm"))?;
     if name.last() == Some(&b'\n') {
         name.pop();
     }
@@ -90,21 +90,21 @@ pub fn root(pid: Pid) -> Result<Vec<u8>> {
 /// The execution domain, as of personality(2).
 pub fn personality(pid: Pid) -> Result<u32> {
     let path = format!("/proc/{pid}/personality");
-    let text = read(&path)?;
+    let text = read_record(&path)?;
     hex(&text).and_then(|value| u32::try_from(value).ok()).ok_or_else(|| Error::parse(path, &text))
 }
 
 /// How likely the process is to be killed for want of memory: -1000 to 1000.
 pub fn oom_score_adj(pid: Pid) -> Result<i32> {
     let path = format!("/proc/{pid}/oom_score_adj");
-    let text = read(&path)?;
+    let text = read_record(&path)?;
     number(&text).ok_or_else(|| Error::parse(path, &text))
 }
 
 /// Which kinds of mappings go into a core dump; `None` for a task without memory, or without CONFIG_ELF_CORE.
 pub fn coredump_filter(pid: Pid) -> Result<Option<u32>> {
     let path = format!("/proc/{pid}/coredump_filter");
-    let text = match read(&path) {
+    let text = match read_record(&path) {
         Err(error) if error.errno() == Some(Errno::ENOENT) => {
             // Either the file or the process is missing.
             return stat::of_process(pid).map(|_| None);

@@ -4,7 +4,7 @@
 //! thread's name in parentheses, and may itself contain blanks, parentheses and newlines: the fields go on after the
 //! *last* closing parenthesis. Addresses are printed as 0 (some, historically, as 1) to whoever may not ptrace the task.
 
-use crate::text::{number, read, words};
+use crate::text::{number, read_record, words};
 use crate::{Error, Pid, Result, Tid};
 
 /// The fields of the stat file that a dumper needs.
@@ -93,13 +93,13 @@ impl Stat {
 /// The stat of a process.
 pub fn of_process(pid: Pid) -> Result<Stat> {
     let path = format!("/proc/{pid}/stat");
-    parse_file(&path, &read(&path)?)
+    parse_file(&path, &read_record(&path)?)
 }
 
 /// The stat of one thread.
 pub fn of_task(pid: Pid, tid: Tid) -> Result<Stat> {
     let path = format!("/proc/{pid}/task/{tid}/stat");
-    parse_file(&path, &read(&path)?)
+    parse_file(&path, &read_record(&path)?)
 }
 
 /// Parses the text of a stat file.

@@ -4,7 +4,7 @@
 //! one leaves its default, and one that does not parse is an error. `Name` is escaped (`\n` and `\\`): the kernel
 //! uses `string_escape` flags `ESCAPE_SPACE | ESCAPE_SPECIAL` there, so `\t`, `\a`, `\e`, `"` are escaped as well.
 
-use crate::text::{hex, key_value, lines, number, octal, read, words};
+use crate::text::{hex, key_value, lines, number, octal, read_record, words};
 use crate::{Error, Pid, Result, Tid};
 
 /// What the status file says, as far as a dumper needs it.
@@ -83,13 +83,13 @@ pub struct Status {
 /// The status of a process, which is that of its leader.
 pub fn of_process(pid: Pid) -> Result<Status> {
     let path = format!("/proc/{pid}/status");
-    parse_file(&path, &read(&path)?)
+    parse_file(&path, &read_record(&path)?)
 }
 
 /// The status of one thread.
 pub fn of_task(pid: Pid, tid: Tid) -> Result<Status> {
     let path = format!("/proc/{pid}/task/{tid}/status");
-    parse_file(&path, &read(&path)?)
+    parse_file(&path, &read_record(&path)?)
 }
 
 /// Parses the text of a status file.

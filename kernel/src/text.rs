@@ -4,24 +4,64 @@
 //! seq_file hands out at most its internal buffer per `read` (fs/seq_file.c: a page, unless one record is
 //! larger), so reading goes on until a read returns 0, never until a short read.
 
+use std::cell::RefCell;
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::os::unix::ffi::OsStringExt;
 
 use crate::{Error, Result};
 
-/// The whole file.
-pub(crate) fn read(path: &str) -> Result<Vec<u8>> {
-    read_sized(path, 4096)
+/// What most files fit in, and one record of any.
+const BUFFER: usize = 64 << 10;
+
+thread_local! {
+    /// Memory that is there already: of a new buffer each page would be a fault.
+    static TEXT: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER]);
 }
 
-/// The whole file, with a guess of its size.
-pub(crate) fn read_sized(path: &str, guess: usize) -> Result<Vec<u8>> {
+/// The whole file.
+pub(crate) fn read(path: &str) -> Result<Vec<u8>> {
+    with(path, <[u8]>::to_vec)
+}
+
+/// The whole of a file that is one record (fs/seq_file.c, `single_open`) or shorter than a page: it comes with the first
+/// read that has room for it.
+pub(crate) fn read_record(path: &str) -> Result<Vec<u8>> {
+    take(path, true, <[u8]>::to_vec)
+}
+
+/// What `look` says of the whole file.
+pub(crate) fn with<T>(path: &str, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
+    take(path, false, look)
+}
+
+fn take<T>(path: &str, record: bool, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
     let mut file = File::open(path).map_err(|error| Error::io("open", path, &error))?;
-    let mut text = Vec::with_capacity(guess);
-    file.read_to_end(&mut text).map_err(|error| Error::io("read", path, &error))?;
-    Ok(text)
+    TEXT.with_borrow_mut(|text| {
+        let mut length = 0;
+        loop {
+            if text.len() - length < BUFFER / 2 {
+                text.resize(2 * text.len(), 0);
+            }
+            match file.read(&mut text[length..]) {
+                Ok(0) => break,
+                Ok(got) => length += got,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) => return Err(Error::io("read", path, &error)),
+            }
+            if record && text.len() > length {
+                break;
+            }
+        }
+        let seen = look(&text[..length]);
+        // One large file shall not cost its memory for ever.
+        if text.len() > 16 * BUFFER {
+            text.truncate(BUFFER);
+            text.shrink_to_fit();
+        }
+        Ok(seen)
+    })
 }
 
 /// The target of a symbolic link.

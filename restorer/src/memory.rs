@@ -12,7 +12,7 @@ use torpor_parasite::call;
 use torpor_parasite::script::Script;
 
 use crate::plan::{Open, Planner};
-use crate::vma::Begin;
+use crate::vma::{Begin, Early};
 
 const HUGE: u64 = 2 << 20;
 /// Below this a population call costs more than the faults it saves.
@@ -25,18 +25,25 @@ const MADV_COLLAPSE: i32 = 25;
 const MADV_GUARD_INSTALL: i32 = 102;
 const MADV_GUARD_REMOVE: i32 = 103;
 
-/// Plans the contents of a task's private areas, as far as it does not begin with them.
-pub(crate) fn fill(script: &mut Script, planner: &mut Planner<'_>, task: &Task, begin: Begin<'_>) {
+/// Plans the contents of private `areas` of a task, as far as it does not begin with them.
+pub(crate) fn fill(
+    script: &mut Script,
+    planner: &mut Planner<'_>,
+    task: &Task,
+    areas: &[&Vma],
+    begin: Begin<'_>,
+) {
     let image = planner.image;
-    if let Begin::With(parent) = begin {
-        for vma in task.memory.vmas.iter().filter(|v| v.private() && begin.kept(v).is_some()) {
+    if let Begin::With(parent, _) = begin {
+        for vma in areas.iter().filter(|v| v.private() && begin.kept(v).is_some()) {
             change(script, planner, task, vma, &changes(image, task, parent, vma));
         }
     }
     for record in image.records(task.memory.pages) {
         let (mut at, end) = (record.address, record.address + record.length);
-        let first = task.memory.vmas.partition_point(|v| v.end <= at);
-        for vma in &task.memory.vmas[first..] {
+        let first = areas.partition_point(|v| v.end <= at);
+        for vma in &areas[first..] {
+            at = at.max(vma.start);
             if at >= end {
                 break;
             }
@@ -159,7 +166,13 @@ fn change(script: &mut Script, planner: &mut Planner<'_>, task: &Task, vma: &Vma
     for change in changes {
         match *change {
             Change::Fill(record) if record.place == Where::Zero => zero(script, planner, record),
-            Change::Fill(record) => read(script, planner, &[record], 0, huge),
+            Change::Fill(record) => {
+                // A page that is there would be copied to be overwritten.
+                if record.length >= POPULATE {
+                    advise(script, record.address, record.address + record.length, libc::MADV_DONTNEED);
+                }
+                read(script, planner, &[record], 0, huge);
+            }
             Change::Drop { start, end } => advise(script, start, end, libc::MADV_DONTNEED),
             Change::Guard { start, end } => advise(script, start, end, MADV_GUARD_INSTALL),
             Change::Unguard { start, end } => advise(script, start, end, MADV_GUARD_REMOVE),
@@ -174,16 +187,42 @@ pub(crate) fn inherits(image: &Image, index: usize) -> bool {
     if task.shares.memory.is_some() || parent.shares.memory.is_some() {
         return false;
     }
-    let its = image.records(parent.memory.pages);
-    image.records(task.memory.pages).iter().filter(|r| r.place == Where::Data).any(|r| {
+    !in_common(image, task, parent).is_empty()
+}
+
+/// The records of a task that begin with a page which another has at the same address from the same place of the image:
+/// pages that were shared copy-on-write.
+fn in_common<'a>(image: &'a Image, task: &Task, other: &Task) -> Vec<&'a Record> {
+    let its = image.records(other.memory.pages);
+    let both = |r: &&Record| {
         let i = its.partition_point(|p| p.address + p.length <= r.address);
-        its.get(i).is_some_and(|p| {
+        its[i..].iter().take_while(|p| p.address < r.address + r.length).any(|p| {
             let at = r.address.max(p.address);
             p.place == Where::Data
-                && at < r.address + r.length
                 && (p.file, p.offset + (at - p.address)) == (r.file, r.offset + (at - r.address))
         })
-    })
+    };
+    image.records(task.memory.pages).iter().filter(|r| r.place == Where::Data).filter(both).collect()
+}
+
+/// The areas that a task must have when it makes `children`, which begin with its memory: what it begins with itself,
+/// what has no contents, and what holds pages that it has in common with one of them.
+pub(crate) fn early(image: &Image, task: &Task, begin: Begin<'_>, children: &[&Task]) -> Early {
+    let mut all: Early = task
+        .memory
+        .vmas
+        .iter()
+        .filter(|v| !v.private() || begin.kept(v).is_some() || parts(image, task, v).is_empty())
+        .map(|v| v.start)
+        .collect();
+    for child in children {
+        for record in in_common(image, child, task) {
+            let first = task.memory.vmas.partition_point(|v| v.end <= record.address);
+            let areas = task.memory.vmas[first..].iter();
+            all.extend(areas.take_while(|v| v.start < record.address + record.length).map(|v| v.start));
+        }
+    }
+    all
 }
 
 fn takes_huge_pages(vma: &Vma) -> bool {

@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use torpor_image::description::Kind;
 use torpor_image::task::Task;
 use torpor_image::unix::State;
+use torpor_image::vma::Vma;
 use torpor_image::{Bytes, DescriptionId, Image, InodeId, PtyId};
 use torpor_parasite::call;
 use torpor_parasite::script::{Placed, Script, Value};
@@ -22,7 +23,7 @@ use crate::birth::{self, Helpers, word};
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::lineage::{Lineage, Origin, Role, Stage};
-use crate::vma::Begin;
+use crate::vma::{Begin, Early};
 use crate::{
     description, epoll, lock, memory, print, process_file, signal, sysv_sem, sysv_shm, task, terminal,
     thread, timer, vma,
@@ -268,6 +269,7 @@ fn scripts(
         .collect();
     let helpers = Helpers::of(lineage, take(0));
 
+    let earlies = earlies(image, lineage);
     let begin = begin(planner, place, scratch);
     let mut births = Vec::with_capacity(lineage.nodes.len());
     for (i, node) in lineage.nodes.iter().enumerate() {
@@ -278,13 +280,18 @@ fn scripts(
         let task = &image.tasks[index];
         let terminal = terminal::controlling(planner, task);
         let session = |script: &mut Script| terminal::take(script, terminal);
-        let begins = begins(image, lineage, i);
-        let fill = |script: &mut Script| fill(script, planner, task, begins, place, scratch);
+        let begins = begins(image, lineage, &earlies, i);
+        let early: Vec<&Vma> =
+            task.memory.vmas.iter().filter(|v| earlies[index].contains(&v.start)).collect();
+        let fill = |script: &mut Script| {
+            vma::begin(script, planner.host, task, begins, place.park);
+            fill(script, planner, task, &early, begins, place, scratch);
+        };
         births.push(birth::plan(image, host, lineage, i, &helpers, session, fill));
     }
     let mut tasks = Vec::with_capacity(image.tasks.len());
-    for (i, task) in image.tasks.iter().enumerate() {
-        tasks.push(plan_task(planner, lineage, i, task, first_threads[i], place, scratch, options)?);
+    for (i, first) in first_threads.into_iter().enumerate() {
+        tasks.push(plan_task(planner, lineage, &earlies, i, first, place, scratch, options)?);
     }
     let helpers = helpers.scripts(lineage);
     Ok(Scripts { begin, births, helpers, tasks })
@@ -308,52 +315,77 @@ fn begin(planner: &mut Planner<'_>, place: Place, scratch: &BTreeMap<InodeId, u6
     vec![Phase { name: "wait", script: wait }, Phase { name: "clear", script: clear }]
 }
 
+/// What each task has of its memory when it makes those that begin with it.
+fn earlies(image: &Image, lineage: &Lineage) -> Vec<Early> {
+    let mut all: Vec<Early> = Vec::with_capacity(image.tasks.len());
+    for (i, task) in image.tasks.iter().enumerate() {
+        let own = |(child, _): (usize, _)| match lineage.nodes[child].role {
+            Role::Task(index) => Some(&image.tasks[index]).filter(|t| t.shares.memory.is_none()),
+            _ => None,
+        };
+        let children: Vec<&Task> = lineage.made_by(i, Stage::Filled).filter_map(own).collect();
+        let early = match children.is_empty() {
+            true => Early::new(),
+            false => memory::early(image, task, begins(image, lineage, &all, i), &children),
+        };
+        all.push(early);
+    }
+    all
+}
+
 /// What the address space of a node begins as: what its creator's is at that time.
-fn begins<'a>(image: &'a Image, lineage: &Lineage, i: usize) -> Begin<'a> {
+fn begins<'a>(image: &'a Image, lineage: &Lineage, earlies: &'a [Early], i: usize) -> Begin<'a> {
     match lineage.nodes[i].origin {
-        Some(Origin { creator, stage: Stage::Filled, .. }) => Begin::With(&image.tasks[creator]),
-        Some(Origin { creator, .. }) => begins(image, lineage, creator),
+        Some(Origin { creator, stage: Stage::Filled, .. }) => {
+            Begin::With(&image.tasks[creator], &earlies[creator])
+        }
+        Some(Origin { creator, .. }) => begins(image, lineage, earlies, creator),
         None => Begin::Bare,
     }
 }
 
-/// Makes the memory of a task complete.
+/// Makes these areas of a task complete.
 fn fill(
     script: &mut Script,
     planner: &mut Planner<'_>,
     task: &Task,
+    areas: &[&Vma],
     begins: Begin<'_>,
     place: Place,
     scratch: &BTreeMap<InodeId, u64>,
 ) {
-    vma::begin(script, planner.host, task, begins, place.park);
-    vma::map(script, planner, task, begins, scratch);
-    sysv_shm::plan(script, planner.image, task, begins, place.segments);
-    memory::fill(script, planner, task, begins);
-    vma::finish(script, planner, task, begins);
+    vma::map(script, planner, task, areas, begins, scratch);
+    sysv_shm::plan(script, planner.image, areas, begins, place.segments);
+    memory::fill(script, planner, task, areas, begins);
+    vma::finish(script, planner, task, areas, begins);
 }
 
 #[expect(clippy::too_many_arguments, reason = "what one task is, and where everything lies")]
 fn plan_task(
     planner: &mut Planner<'_>,
     lineage: &Lineage,
+    earlies: &[Early],
     index: usize,
-    task: &Task,
     first_thread: u32,
     place: Place,
     scratch: &BTreeMap<InodeId, u64>,
     options: &Options,
 ) -> Result<TaskPlan> {
     let (image, host) = (planner.image, planner.host);
+    let task = &image.tasks[index];
     let shares = task.shares;
     let mut phases = Vec::new();
     let mut phase = |name, script| phases.push(Phase { name, script });
 
     let mut script = Script::new();
     if shares.memory.is_none() {
+        let begins = begins(image, lineage, earlies, index);
         if lineage.made_by(index, Stage::Filled).next().is_none() {
-            fill(&mut script, planner, task, begins(image, lineage, index), place, scratch);
+            vma::begin(&mut script, host, task, begins, place.park);
         }
+        let late = |v: &&Vma| !earlies[index].contains(&v.start);
+        let late: Vec<&Vma> = task.memory.vmas.iter().filter(late).collect();
+        fill(&mut script, planner, task, &late, begins, place, scratch);
         for (id, at) in scratch {
             let size = image.objects.inodes[id.0 as usize].size.next_multiple_of(PAGE);
             call!(script, format!("shared memory {id}"), libc::SYS_munmap, *at, size);

@@ -10,7 +10,6 @@ use std::os::unix::fs::FileExt;
 use torpor_image::extent::{Extents, Where};
 use torpor_image::inode::{Inode, Source};
 use torpor_image::sysv_shm::Segment;
-use torpor_image::task::Task;
 use torpor_image::vma::{Mapping, Vma};
 use torpor_image::{Image, InodeId};
 use torpor_kernel::sysv::{self, Attached};
@@ -195,10 +194,10 @@ fn fill(opener: &Opener<'_>, what: &str, to: &Target<'_>, size: u64, content: Ex
     to.clear(at, size.next_multiple_of(PAGE)).map_err(fail("write"))
 }
 
-/// Plans how a task attaches its segments.
-pub(crate) fn plan(script: &mut Script, image: &Image, task: &Task, begin: Begin<'_>, scratch: u64) {
+/// Plans how a task attaches its segments: those of `areas`.
+pub(crate) fn plan(script: &mut Script, image: &Image, areas: &[&Vma], begin: Begin<'_>, scratch: u64) {
     // Others are inherited.
-    let new: Vec<&Vma> = task.memory.vmas.iter().filter(|v| begin.kept(v).is_none()).collect();
+    let new: Vec<&Vma> = areas.iter().copied().filter(|v| begin.kept(v).is_none()).collect();
     let mut rest: &[&Vma] = &new;
     let mut parts: Vec<(InodeId, bool, Vec<&Vma>)> = Vec::new();
     while let Some((&first, after)) = rest.split_first() {

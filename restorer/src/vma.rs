@@ -1,6 +1,6 @@
 //! Planning the address space: where everything lies, and the calls that make it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use torpor_image::task::Task;
 use torpor_image::vma::{Lock, Mapping, Vma};
@@ -23,17 +23,23 @@ const FIXED: i32 = libc::MAP_FIXED_NOREPLACE;
 pub(crate) enum Begin<'a> {
     /// The executor and the parked areas of the kernel.
     Bare,
-    /// The complete memory of this task, its parent.
-    With(&'a Task),
+    /// What this task, its parent, has of its memory by then.
+    With(&'a Task, &'a Early),
 }
+
+/// The areas, by their addresses, that a task has when it makes those of its children that begin with its memory.
+pub(crate) type Early = BTreeSet<u64>;
 
 impl Begin<'_> {
     /// The area of the parent that a task begins with and keeps. Areas that fork(2) does not pass on as they are
     /// (madvise(2), MADV_DONTFORK and MADV_WIPEONFORK) are made anew.
     pub(crate) fn kept(&self, vma: &Vma) -> Option<&Vma> {
-        let Begin::With(parent) = self else { return None };
+        let Begin::With(parent, early) = self else { return None };
         let vmas = &parent.memory.vmas;
         let own = &vmas[vmas.binary_search_by_key(&vma.start, |v| v.start).ok()?];
+        if !early.contains(&own.start) {
+            return None;
+        }
         let changed = own.advice.contains(&libc::MADV_DONTFORK) || own.advice.contains(&MADV_WIPEONFORK);
         let same = own.end == vma.end
             && own.mapping == vma.mapping
@@ -103,7 +109,7 @@ pub(crate) fn begin(script: &mut Script, host: &Host, task: &Task, begin: Begin<
         parked.push((name, at, stop - start));
         at += stop - start;
     }
-    if let Begin::With(parent) = begin {
+    if let Begin::With(parent, early) = begin {
         let now = |name| place(&parent.memory.vmas, name);
         if parked.iter().all(|(name, ..)| now(name) == place(&task.memory.vmas, name)) {
             parked.clear();
@@ -119,7 +125,7 @@ pub(crate) fn begin(script: &mut Script, host: &Host, task: &Task, begin: Begin<
         for vma in &parent.memory.vmas {
             let own = task.memory.vmas.binary_search_by_key(&vma.start, |v| v.start).ok();
             let kept = own.is_some_and(|i| begin.kept(&task.memory.vmas[i]).is_some());
-            if !kept && !matches!(vma.mapping, Mapping::Kernel { .. }) {
+            if !kept && early.contains(&vma.start) && !matches!(vma.mapping, Mapping::Kernel { .. }) {
                 call!(script, "unmapping what only its parent has", libc::SYS_munmap, vma.start, vma.len());
             }
         }
@@ -164,15 +170,16 @@ pub(crate) fn kernel_mismatch(image: &Image, host: &Host, task: &Task) -> Option
         .then(|| "the vdso of this kernel is another one".to_owned())
 }
 
-/// Plans every area but the kernel's own. `scratch` tells where anonymous shared memory is mapped whole.
+/// Plans `areas` of a task but for the kernel's own. `scratch` tells where anonymous shared memory is mapped whole.
 pub(crate) fn map(
     script: &mut Script,
     planner: &mut Planner<'_>,
     task: &Task,
+    areas: &[&Vma],
     begin: Begin<'_>,
     scratch: &BTreeMap<InodeId, u64>,
 ) {
-    for vma in &task.memory.vmas {
+    for &vma in areas {
         let title = title(vma, planner.image);
         let length = vma.len();
         if let Some(own) = begin.kept(vma) {
@@ -246,8 +253,14 @@ pub(crate) fn shared_memory(script: &mut Script, planner: &mut Planner<'_>, id: 
 }
 
 /// Sets what can only be set once the contents are there: protection, advice, names and locks.
-pub(crate) fn finish(script: &mut Script, planner: &Planner<'_>, task: &Task, begin: Begin<'_>) {
-    for vma in &task.memory.vmas {
+pub(crate) fn finish(
+    script: &mut Script,
+    planner: &Planner<'_>,
+    task: &Task,
+    areas: &[&Vma],
+    begin: Begin<'_>,
+) {
+    for &vma in areas {
         let title = || title(vma, planner.image);
         let length = vma.len();
         let now = match &vma.mapping {
@@ -328,7 +341,7 @@ fn made_with(vma: &Vma, image: &Image, task: &Task, begin: Begin<'_>) -> u32 {
     if !vma.private() {
         return vma.protection;
     }
-    if let (Some(own), Begin::With(parent)) = (begin.kept(vma), begin) {
+    if let (Some(own), Begin::With(parent, _)) = (begin.kept(vma), begin) {
         let writes = crate::memory::changes(image, task, parent, vma).iter().any(|c| c.writes());
         return if writes { read_write } else { own.protection };
     }

@@ -179,9 +179,8 @@ fn grown(seed: u64, victim: &mut Victim) -> Outcome<[usize; 3]> {
     victim.kill();
     for pid in pids {
         // SAFETY: no status is asked for; whose parents have ended are children of ours.
-        while Path::new(&format!("/proc/{pid}")).exists()
-            && unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::__WALL | libc::WNOHANG) } != pid
-        {
+        let reap = || unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::__WALL | libc::WNOHANG) };
+        while Path::new(&format!("/proc/{pid}")).exists() && reap() != pid {
             std::thread::sleep(Duration::from_millis(1));
         }
     }

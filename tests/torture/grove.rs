@@ -158,9 +158,8 @@ impl Grove {
         let deadline = Instant::now() + PATIENCE;
         for pid in &self.pids {
             // SAFETY: no status is asked for; whose parents have ended are children of ours.
-            while Path::new(&format!("/proc/{pid}")).exists()
-                && unsafe { libc::waitpid(*pid, std::ptr::null_mut(), libc::__WALL | libc::WNOHANG) } != *pid
-            {
+            let reap = || unsafe { libc::waitpid(*pid, std::ptr::null_mut(), libc::__WALL | libc::WNOHANG) };
+            while Path::new(&format!("/proc/{pid}")).exists() && reap() != *pid {
                 ensure!(Instant::now() < deadline, "pid {pid} does not go away");
                 std::thread::sleep(Duration::from_micros(200));
             }

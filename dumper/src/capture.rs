@@ -1,0 +1,306 @@
+//! The work of the freeze: everything of a stopped tree is read, and its memory copied.
+//!
+//! Reading /proc is shared out to several threads. Entering processes is this one's, the tracer's, alone; memory is
+//! copied by others meanwhile. What follows from what was read is put together in one place, in the order of the tree.
+
+use std::collections::HashMap;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use torpor_image::description::Objects;
+use torpor_image::manifest::{Host, Manifest, Times};
+use torpor_image::task::{Shares, Task};
+use torpor_image::write::{DataFile, ImageWriter};
+use torpor_image::zombie::Zombie;
+use torpor_image::{Bytes, Pid as ImagePid};
+use torpor_kernel::ids::Pid;
+use torpor_kernel::stat;
+use torpor_parasite::script::Outcome;
+
+use crate::collect::Collector;
+use crate::description::{self, Found};
+use crate::dump::{Destination, Dumped, Options};
+use crate::error::{Error, Result};
+use crate::freeze::FrozenTree;
+use crate::gadget::Gadgets;
+use crate::hold::Hold;
+use crate::memory::{self, Copied, Space};
+use crate::opened::Opened;
+use crate::restart::Restarts;
+use crate::scratch::{self, Files};
+use crate::stage::Stage;
+use crate::task::{self, Outside, Prepared};
+use crate::{inject, inode, sharing, survey, sysv, tcp, vma, workers};
+
+/// Everything of a tree at one instant: it may go on, or be ended, whatever happens to this.
+#[derive(Debug)]
+pub(crate) struct Captured<'s> {
+    root: Pid,
+    writer: ImageWriter,
+    files: Vec<DataFile>,
+    pages: Copied,
+    stage: Option<&'s Stage>,
+    tasks: Vec<Task>,
+    zombies: Vec<Zombie>,
+    objects: Objects,
+    losses: Vec<String>,
+    vdso: Bytes,
+    taken_at: u64,
+    times: Times,
+    runs_on: bool,
+}
+
+/// Captures a stopped tree: after this nothing of the image depends on it any more.
+pub(crate) fn capture<'s>(
+    stopped: &mut FrozenTree,
+    hold: &mut Option<Hold>,
+    (opened, known, restarts): (&[Opened], &HashMap<Pid, Gadgets>, &Restarts),
+    mut stage: Option<&'s mut Stage>,
+    to: Destination,
+    options: &Options<'_>,
+) -> Result<Captured<'s>> {
+    let root = stopped.root().pid();
+    let Destination { mut writer, mut files } = to;
+    let taken_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
+
+    let mut collector = Collector::new(stopped.root().living(), false);
+    (collector.tcp.policy, collector.tcp.runs_on) = (options.tcp, options.runs_on);
+    collector.sockets.rules = options.external_unix.to_vec();
+    collector.members = stopped.processes.iter().map(|p| p.pid().0).collect();
+    collector.files = Files::new(options.files.clone(), root)?;
+    let shares = sharing::collect(&stopped.processes)?;
+    let looks = looks(stopped, opened, &shares)?;
+    // Descriptors first: through them files can be opened that only a privilege opens by their mappings.
+    let (found, outsides): (Vec<_>, Vec<_>) = looks.into_iter().unzip();
+    let tables = description::collect(&mut collector, found)?;
+    *hold = tcp::finish(&mut collector)?;
+    let mut vmas = Vec::with_capacity(tables.len());
+    for (process, outside) in stopped.processes.iter().zip(&outsides) {
+        collector.turn_to(process.living());
+        survey::refuse_process(&mut collector, process.pid() == root, &outside.status)?;
+        vmas.push(vma::collect(&mut collector, &outside.maps)?);
+        task::exe(&mut collector)?;
+    }
+    sysv::collect(&mut collector)?;
+    let mut prepared = Vec::with_capacity(tables.len());
+    for (process, outside) in stopped.processes.iter().zip(&outsides) {
+        collector.turn_to(process.living());
+        prepared.push(task::prepare(&mut collector, process, outside, restarts)?);
+    }
+    // What the survey saw may have changed before the freeze.
+    if !collector.refusals.is_empty() {
+        return Err(Error::Refused { pid: root, refusals: collector.refusals });
+    }
+    let gadgets = stopped
+        .processes
+        .iter()
+        .map(|p| known.get(&p.pid()).copied().ok_or_else(|| p.died("it is another one now")));
+    let gadgets = gadgets.collect::<Result<Vec<_>>>()?;
+    let watch = options.watch();
+    if let Some(stage) = stage.as_deref_mut() {
+        stage.clear();
+    }
+    let numbers: HashMap<i32, usize> =
+        stopped.processes.iter().enumerate().map(|(i, p)| (p.pid().0, i)).collect();
+    let spaces: Vec<Space<'_>> = (0..vmas.len())
+        .map(|i| Space {
+            pid: stopped.processes[i].living(),
+            // Memory that is another's is in the image once.
+            vmas: if shares[i].memory.is_some() { &[] } else { &vmas[i] },
+            parent: numbers.get(&outsides[i].ppid()).copied(),
+        })
+        .collect();
+    let (outcomes, (pages, memory)) = {
+        let (stage, files) = (stage.as_deref_mut(), &mut files[..]);
+        let ways: Vec<Way<'_>> = prepared.iter().zip(&outsides).zip(&gadgets).collect();
+        enter_and_copy(stopped, &shares, &ways, move || {
+            let begin = Instant::now();
+            Ok((memory::copy(&spaces, stage, files, &watch)?, begin.elapsed()))
+        })?
+    };
+    let mut tasks: Vec<Task> = Vec::with_capacity(tables.len());
+    let mut vdso = Bytes::default();
+    let all = prepared.into_iter().zip(outsides).zip(outcomes).zip(vmas).zip(tables);
+    for (i, ((((prepared, outside), outcomes), vmas), table)) in all.enumerate() {
+        let process = &mut stopped.processes[i];
+        collector.turn_to(process.living());
+        let known = (prepared, outside);
+        let collected = task::assemble(&mut collector, process, gadgets[i], known, &outcomes, vmas, table)?;
+        tasks.push(Task { shares: shares[i], ..collected.task });
+        if vdso.is_empty() {
+            vdso = collected.vdso;
+        }
+    }
+    let zombies = stopped.zombies.iter().map(|pid| zombie(*pid)).collect::<Result<_>>()?;
+    collector.turn_to(root);
+    scratch::decide(&mut collector, &tasks)?;
+    inode::refuse_shared(&mut collector, &tasks);
+    if !collector.refusals.is_empty() {
+        return Err(Error::Refused { pid: root, refusals: collector.refusals });
+    }
+
+    let begin = Instant::now();
+    let watch = options.watch();
+    for (id, content) in std::mem::take(&mut collector.contents) {
+        let size = collector.objects.inodes[id.0 as usize].size;
+        let extents = memory::copy_inode(root, &content, size, &mut files[0], &mut writer, &watch)?;
+        collector.set_extents(id, extents);
+    }
+    Ok(Captured {
+        root,
+        writer,
+        files,
+        pages,
+        stage: stage.map(|s| &*s),
+        tasks,
+        zombies,
+        objects: collector.objects,
+        losses: collector.losses,
+        vdso,
+        taken_at,
+        times: Times {
+            freezing: stopped.freezing.as_nanos() as u64,
+            frozen: stopped.since.elapsed().as_nanos() as u64,
+            memory: (memory + begin.elapsed()).as_nanos() as u64,
+        },
+        runs_on: options.runs_on,
+    })
+}
+
+/// What /proc tells of every process: its descriptors, but for a table that is another's, and all else.
+fn looks(stopped: &FrozenTree, opened: &[Opened], shares: &[Shares]) -> Result<Vec<(Vec<Found>, Outside)>> {
+    let all = stopped.processes.iter().zip(opened).zip(shares);
+    let all: Vec<(Pid, &Opened, bool)> = all
+        .map(|((process, opened), shares)| (process.pid(), opened, shares.descriptors.is_none()))
+        .collect();
+    let look = |&(own, opened, table): &(Pid, &Opened, bool)| {
+        let found = if table { description::look(opened)? } else { Vec::new() };
+        Ok((found, task::look(own, opened.pid)?))
+    };
+    workers::each(&all, look).into_iter().collect()
+}
+
+/// How a process is entered: its scripts, its memory map, the code that is used for it.
+type Way<'a> = ((&'a Prepared, &'a Outside), &'a Gadgets);
+
+/// Enters all processes, each by its way, and copies memory meanwhile. What several processes share is entered by one
+/// after the other, and copied then; so is what has something written where it may be live.
+///
+/// Beside the visits a page may be copied only because nothing but the frames below a stack, written before, is changed
+/// by them in what is copied: had a page been found to be shared by two processes and then been written in one, the
+/// other would be given what was written.
+fn enter_and_copy<T: Send>(
+    stopped: &mut FrozenTree,
+    shares: &[Shares],
+    ways: &[Way<'_>],
+    copy: impl FnOnce() -> Result<T> + Send,
+) -> Result<(Vec<Vec<Outcome>>, T)> {
+    let mut visitors: HashMap<i32, usize> = HashMap::new();
+    let pids: Vec<i32> = stopped.processes.iter().map(|p| p.pid().0).collect();
+    let turns: Vec<usize> = pids
+        .iter()
+        .zip(shares)
+        .map(|(pid, shares)| {
+            let turn = visitors.entry(shares.memory.map_or(*pid, |of| of.0)).or_default();
+            *turn += 1;
+            *turn - 1
+        })
+        .collect();
+    let last = turns.iter().copied().max().unwrap_or(0);
+    let mut outcomes: Vec<Vec<Outcome>> = vec![Vec::new(); turns.len()];
+    let mut note = |turn: usize, all: Vec<Vec<Outcome>>| {
+        let of_turn = (0..turns.len()).filter(|i| turns[*i] == turn);
+        of_turn.zip(all).for_each(|(i, outcome)| outcomes[i] = outcome);
+    };
+    let ready = visits(stopped, ways, &turns, 0)?;
+    if last == 0 && !ready.borrows() {
+        let (all, copied) = std::thread::scope(|scope| {
+            let copier = scope.spawn(copy);
+            let all = ready.run();
+            (all, copier.join().expect("what copies does not panic"))
+        });
+        note(0, all?);
+        return Ok((outcomes, copied?));
+    }
+    note(0, ready.run()?);
+    for turn in 1..=last {
+        let all = visits(stopped, ways, &turns, turn)?.run()?;
+        note(turn, all);
+    }
+    Ok((outcomes, copy()?))
+}
+
+/// Makes those ready whose turn it is.
+fn visits<'a>(
+    stopped: &'a mut FrozenTree,
+    ways: &[Way<'a>],
+    turns: &[usize],
+    turn: usize,
+) -> Result<inject::Ready<'a>> {
+    let all = stopped.processes.iter_mut().zip(ways).zip(turns).filter(|(_, t)| **t == turn);
+    let visits = all.map(|((process, ((prepared, outside), gadgets)), _)| {
+        prepared.visit(process, **gadgets, &outside.maps, None)
+    });
+    inject::prepare(visits.collect())
+}
+
+/// What is left of a process that has ended.
+fn zombie(pid: Pid) -> Result<Zombie> {
+    let stat = stat::of_process(pid).map_err(Error::kernel(pid, "reading its stat"))?;
+    Ok(Zombie {
+        pid: ImagePid(pid.0),
+        ppid: ImagePid(stat.ppid),
+        pgid: ImagePid(stat.pgrp),
+        sid: ImagePid(stat.session),
+        name: stat.comm.into(),
+        status: stat.exit_code,
+        exit_signal: stat.exit_signal,
+    })
+}
+
+impl Captured<'_> {
+    /// Writes what is left to be written and gives the image its name.
+    pub(crate) fn finish(mut self, options: &Options<'_>) -> Result<Dumped> {
+        let watch = options.watch();
+        let records = self.pages.finish(self.root, self.stage, &mut self.files[0], &watch)?;
+        for (task, records) in self.tasks.iter_mut().zip(&records) {
+            task.memory.pages = self.writer.add_records(records);
+        }
+        for file in self.files {
+            self.writer.add_data_file(file)?;
+        }
+        for task in &self.tasks {
+            self.writer.add_task(task)?;
+        }
+        self.writer.add_objects(&self.objects)?;
+        let manifest = Manifest {
+            torpor: env!("CARGO_PKG_VERSION").to_owned(),
+            taken_at: self.taken_at,
+            host: host(self.vdso),
+            root: ImagePid(self.root.0),
+            tasks: self.tasks.iter().map(|t| t.pid).collect(),
+            zombies: self.zombies,
+            files: Vec::new(),
+            ran_on: self.runs_on,
+            not_captured: self.losses,
+            times: self.times,
+        };
+        Ok(Dumped { manifest: self.writer.finish(manifest)? })
+    }
+}
+
+fn host(vdso: Bytes) -> Host {
+    let uname = nix::sys::utsname::uname().ok();
+    let text = |f: fn(&nix::sys::utsname::UtsName) -> &std::ffi::OsStr| {
+        uname.as_ref().map_or_else(String::new, |u| f(u).to_string_lossy().into_owned())
+    };
+    Host {
+        name: text(|u| u.nodename()),
+        kernel: text(|u| u.release()),
+        boot: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+            .unwrap_or_default()
+            .trim()
+            .to_owned(),
+        xstate_features: arch::cpu::xstate_features(),
+        vdso,
+    }
+}
