@@ -124,7 +124,7 @@ pub(crate) fn dump(
     let held = Held::begin();
     let cancel = Held::wants_end;
     options.cancel = Some(&cancel);
-    let mut frozen = target.freeze()?;
+    let mut frozen = target.freeze(options.runs_on)?;
     let manifest = if afterwards == Afterwards::Running {
         frozen.dump_and_resume(destination, &options)?.manifest
     } else {

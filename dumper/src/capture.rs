@@ -261,7 +261,7 @@ impl Captured<'_> {
     /// Writes what is left to be written and gives the image its name.
     pub(crate) fn finish(mut self, options: &Options<'_>) -> Result<Dumped> {
         let watch = options.watch();
-        let records = self.pages.finish(self.root, self.stage, &mut self.files[0], &watch)?;
+        let records = self.pages.finish(self.root, self.stage, &mut self.files, &watch)?;
         for (task, records) in self.tasks.iter_mut().zip(&records) {
             task.memory.pages = self.writer.add_records(records);
         }

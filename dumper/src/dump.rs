@@ -178,9 +178,10 @@ impl Target {
     }
 
     /// Stops every thread of every process of the tree; a moment later where one is about to take in what a dump
-    /// would lose, or has not mapped its libc yet.
-    pub fn freeze(&self) -> Result<Frozen> {
-        let stage = Stage::for_bytes(self.anonymous);
+    /// would lose, or has not mapped its libc yet. `runs_on` tells whether it shall do so after the dump; it is as well
+    /// to stand for a shorter time then, at the price of more memory for us.
+    pub fn freeze(&self, runs_on: bool) -> Result<Frozen> {
+        let stage = Stage::for_bytes(self.anonymous, runs_on);
         let restarts = Restarts::look(self.survey.processes.iter().map(|p| p.pid));
         let mut known = self.known.clone();
         let mut starts = 0;

@@ -6,7 +6,7 @@
 //! # fn main() -> Result<(), torpor_dumper::Error> {
 //! let target = Target::find(1234)?; // refuses by name what a dump would lose, without stopping anything
 //! let directory = Destination::create("image".as_ref(), false)?;
-//! let mut frozen = target.freeze()?; // every thread stands
+//! let mut frozen = target.freeze(false)?; // every thread stands
 //! let dumped = frozen.dump(directory, &Options::default())?; // may be done again and again
 //! println!("{} bytes", dumped.manifest.files.iter().map(|f| f.size).sum::<u64>());
 //! frozen.kill()?; // or resume(), or keep_stopped()

@@ -5,21 +5,25 @@
 //! /proc/PID/mem, at half the speed, and so are areas without access, which only that way shows. Every
 //! writer has a data file of its own, so that none waits for another's inode lock.
 
+mod content;
+mod store;
+
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use torpor_image::extent::{PAGE, Record, Where};
 use torpor_image::vma::Vma;
-use torpor_image::write::{DataFile, ImageWriter};
+use torpor_image::write::DataFile;
 use torpor_kernel::ids::{Pid, RemoteAddr};
 use torpor_kernel::memory::Memory;
 use torpor_kernel::pagemap::{PageScan, Want};
 
-use crate::collect::Content;
 use crate::error::{Error, Result};
 use crate::stage::Stage;
 use crate::workers;
+
+pub(crate) use self::content::copy_inode;
+use self::store::{slice, store};
 
 /// Bytes copied at a time: fits into the second-level cache, so that the zero test and the checksum read
 /// what is there already.
@@ -309,26 +313,18 @@ impl<'a> Readers<'a> {
 }
 
 impl Copied {
-    /// The records of every space. Writes what was staged to the first of the files.
+    /// The records of every space. Writes what was staged to the files.
     pub(crate) fn finish(
         self,
         root: Pid,
         stage: Option<&Stage>,
-        file: &mut DataFile,
+        files: &mut [DataFile],
         watch: &Watch<'_>,
     ) -> Result<Vec<Vec<Record>>> {
         let own = match (self.pages, stage) {
             (Pages::Written(records), _) => records,
             (Pages::Staged(runs), Some(stage)) => {
-                let mut records = vec![Vec::new(); self.spaces.len()];
-                for (run, at) in runs {
-                    let bytes = &stage.bytes()[at..at + (run.end - run.start) as usize];
-                    for (i, chunk) in bytes.chunks(CHUNK as usize).enumerate() {
-                        store(&mut records[run.space], run.start + i as u64 * CHUNK, chunk, file)?;
-                        watch.copied(root, chunk.len() as u64)?;
-                    }
-                }
-                records
+                write_staged(self.spaces.len(), &runs, stage, files, root, watch)?
             }
             (Pages::Staged(_), None) => {
                 return Err(Error::Inconsistent { pid: root, what: "the stage is gone".into() });
@@ -349,19 +345,56 @@ impl Copied {
     }
 }
 
-/// Adds the parts of sorted `records` that lie in a range.
-fn slice(records: &[Record], start: u64, end: u64, to: &mut Vec<Record>) {
-    let first = records.partition_point(|r| r.address + r.length <= start);
-    for record in records[first..].iter().take_while(|r| r.address < end) {
-        let address = record.address.max(start);
-        let length = (record.address + record.length).min(end) - address;
-        let offset = if record.place == Where::Data {
-            record.offset + (address - record.address)
-        } else {
-            record.offset
+/// Writes staged runs, by as many threads as they are worth, each to a file of its own. Gives records by space.
+fn write_staged(
+    spaces: usize,
+    runs: &[(Run, usize)],
+    stage: &Stage,
+    files: &mut [DataFile],
+    root: Pid,
+    watch: &Watch<'_>,
+) -> Result<Vec<Vec<Record>>> {
+    let bytes: u64 = runs.iter().map(|(r, _)| r.end - r.start).sum();
+    let writers = writers(bytes).min(files.len() as u64).max(1);
+    let share = bytes.div_ceil(writers);
+    let mut done = 0;
+    let parts = runs.chunk_by(|(before, _), _| {
+        let part = done / share.max(1);
+        done += before.end - before.start;
+        done / share.max(1) == part
+    });
+    let write = |part: &[(Run, usize)], file: &mut DataFile| -> Result<Vec<(usize, Vec<Record>)>> {
+        let mut all: Vec<(usize, Vec<Record>)> = Vec::new();
+        for (run, at) in part {
+            if all.last().is_none_or(|(space, _)| *space != run.space) {
+                all.push((run.space, Vec::new()));
+            }
+            let (_, records) = all.last_mut().expect("pushed above");
+            let bytes = &stage.bytes()[*at..*at + (run.end - run.start) as usize];
+            for (i, chunk) in bytes.chunks(CHUNK as usize).enumerate() {
+                store(records, run.start + i as u64 * CHUNK, chunk, file)?;
+                watch.copied(root, chunk.len() as u64)?;
+            }
+        }
+        Ok(all)
+    };
+    let write = &write;
+    std::thread::scope(|scope| {
+        let mut parts = parts.zip(files.iter_mut());
+        let first = parts.next();
+        let others: Vec<_> = parts.map(|(part, file)| scope.spawn(move || write(part, file))).collect();
+        let mut all = vec![Vec::new(); spaces];
+        let mut take = |written: Vec<(usize, Vec<Record>)>| {
+            written.into_iter().for_each(|(space, records)| all[space].extend(records));
         };
-        to.push(Record { address, length, offset, ..*record });
-    }
+        if let Some((part, file)) = first {
+            take(write(part, file)?);
+        }
+        for other in others {
+            take(other.join().expect("a writer does not panic")?);
+        }
+        Ok(all)
+    })
 }
 
 /// How many writers `bytes` of memory are worth on this machine.
@@ -436,150 +469,6 @@ fn copy_runs(
     Ok(all)
 }
 
-/// Appends `bytes`, which belong at `address`, to the file, leaving out pages of zeros.
-fn store(records: &mut Vec<Record>, address: u64, bytes: &[u8], file: &mut DataFile) -> Result<()> {
-    let mut at = 0;
-    while at < bytes.len() {
-        let zero = is_zero(&bytes[at..bytes.len().min(at + PAGE as usize)]);
-        let mut end = at;
-        while end < bytes.len() && is_zero(&bytes[end..bytes.len().min(end + PAGE as usize)]) == zero {
-            end += PAGE as usize;
-        }
-        let end = end.min(bytes.len());
-        let offset = if zero { 0 } else { file.append(&bytes[at..end])? };
-        let record = Record {
-            address: address + at as u64,
-            length: ((end - at) as u64).next_multiple_of(PAGE),
-            place: if zero { Where::Zero } else { Where::Data },
-            file: if zero { 0 } else { file.number() },
-            offset,
-        };
-        push(records, record);
-        at = end;
-    }
-    Ok(())
-}
-
-/// Adds a record, or lengthens the last one that it continues.
-fn push(records: &mut Vec<Record>, record: Record) {
-    if let Some(last) = records.last_mut() {
-        let follows = last.address + last.length == record.address && last.place == record.place;
-        let beside = last.file == record.file && last.offset + last.length == record.offset;
-        if follows && (record.place != Where::Data || beside) {
-            last.length += record.length;
-            return;
-        }
-    }
-    records.push(record);
-}
-
-/// Whether a page is all zeros; on other pages the answer comes with the first words.
-fn is_zero(page: &[u8]) -> bool {
-    let (head, words, tail) = {
-        // SAFETY: every bit pattern is a valid u128.
-        unsafe { page.align_to::<u128>() }
-    };
-    words.iter().all(|w| *w == 0) && head.iter().chain(tail).all(|b| *b == 0)
-}
-
-/// Copies the contents of an inode: all of its data, holes left out.
-pub(crate) fn copy_inode(
-    pid: Pid,
-    content: &Content,
-    size: u64,
-    file: &mut DataFile,
-    writer: &mut ImageWriter,
-    watch: &Watch<'_>,
-) -> Result<torpor_image::extent::Extents> {
-    let mut records = Vec::new();
-    match content {
-        Content::File(fd) => {
-            let fail = |call: &'static str| {
-                move |errno| {
-                    Error::kernel(pid, "reading a file it holds")(torpor_kernel::Error::syscall(
-                        call, "", errno,
-                    ))
-                }
-            };
-            let mut buffer = vec![0u8; CHUNK as usize];
-            let mut at = 0u64;
-            while at < size {
-                // SAFETY: lseek takes numbers only.
-                let data = unsafe { libc::lseek(fd.as_raw_fd(), at as i64, libc::SEEK_DATA) };
-                if data < 0 {
-                    match nix::errno::Errno::last() {
-                        // Nothing but a hole up to the end.
-                        nix::errno::Errno::ENXIO => break,
-                        // A file system without this notion: all of it is data.
-                        nix::errno::Errno::EINVAL => {}
-                        e => return Err(fail("lseek")(e)),
-                    }
-                }
-                let start = if data < 0 { at } else { data as u64 & !(PAGE - 1) };
-                // SAFETY: as above.
-                let hole = unsafe { libc::lseek(fd.as_raw_fd(), start as i64, libc::SEEK_HOLE) };
-                let end = if hole < 0 { size } else { (hole as u64).min(size) };
-                at = start;
-                while at < end {
-                    let want = (end - at).min(CHUNK) as usize;
-                    let got =
-                        nix::sys::uio::pread(fd, &mut buffer[..want], at as i64).map_err(fail("pread"))?;
-                    if got == 0 {
-                        return Err(Error::Inconsistent { pid, what: "a file it holds shrinks".into() });
-                    }
-                    // Records are whole pages: a short read in the middle is taken up again at a page.
-                    let whole = if at + (got as u64) < end { got & !(PAGE as usize - 1) } else { got };
-                    if whole == 0 {
-                        return Err(Error::Inconsistent {
-                            pid,
-                            what: "a file it holds gives single bytes".into(),
-                        });
-                    }
-                    store(&mut records, at, &buffer[..whole], file)?;
-                    watch.copied(pid, whole as u64)?;
-                    at += whole as u64;
-                }
-                at = at.max(end);
-            }
-        }
-        Content::Attached(attached) => {
-            let mut buffer = vec![0u8; CHUNK as usize];
-            let mut at = 0u64;
-            while at < size {
-                let bytes = &mut buffer[..(size - at).min(CHUNK) as usize];
-                attached.read(at, bytes);
-                store(&mut records, at, bytes, file)?;
-                watch.copied(pid, bytes.len() as u64)?;
-                at += bytes.len() as u64;
-            }
-        }
-        Content::Mapped(pid, areas) => {
-            let pid = *pid;
-            let mut areas = areas.clone();
-            areas.sort_by_key(|a| a.1);
-            let memory = Memory::open(pid, false).map_err(Error::kernel(pid, "opening its memory"))?;
-            let mut buffer = vec![0u8; CHUNK as usize];
-            let mut done = 0u64;
-            for (address, offset, length) in areas {
-                let skip = done.saturating_sub(offset).min(length);
-                let mut at = skip;
-                while at < length {
-                    let want = (length - at).min(CHUNK);
-                    let bytes = &mut buffer[..want as usize];
-                    memory
-                        .read_exact_at(RemoteAddr(address + at), bytes)
-                        .map_err(Error::kernel(pid, "reading its shared memory"))?;
-                    store(&mut records, offset + at, bytes, file)?;
-                    watch.copied(pid, want)?;
-                    at += want;
-                }
-                done = done.max(offset + length);
-            }
-        }
-    }
-    Ok(writer.add_records(&records))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -594,14 +483,5 @@ mod tests {
             assert_eq!(total, 6 * PAGE);
             assert!(shares.iter().all(|s| s.iter().map(|r| r.end - r.start).sum::<u64>() <= size * PAGE));
         }
-    }
-
-    #[test]
-    fn zeros_are_seen_wherever_they_end() {
-        let mut page = vec![0u8; PAGE as usize];
-        assert!(is_zero(&page));
-        page[4095] = 1;
-        assert!(!is_zero(&page));
-        assert!(is_zero(&page[..100]));
     }
 }

@@ -8,6 +8,7 @@
 //! under inspection), and an error names the call, the object and the errno.
 
 pub mod abi;
+pub mod cgroup;
 pub mod child;
 mod error;
 pub mod fdinfo;

@@ -2,7 +2,9 @@
 //!
 //! A page fault costs more than the copy (research/fast.md), so faults are avoided: where a huge page fits
 //! whole, one touch and `MADV_COLLAPSE` make it at once, without changing the area's flags; longer runs of
-//! small pages are populated in one call before they are read.
+//! small pages are populated in one call before they are read. Each call of `MADV_COLLAPSE` waits until every processor
+//! has emptied its lists of new pages (mm/khugepaged.c, `lru_add_drain_all`), which takes long on a busy machine, so
+//! it is made for many huge pages at once.
 
 use torpor_image::Image;
 use torpor_image::extent::{Record, Where};
@@ -15,6 +17,8 @@ use crate::plan::{Open, Planner};
 use crate::vma::{Begin, Early};
 
 const HUGE: u64 = 2 << 20;
+/// Memory that is made of huge pages by one call.
+const COLLAPSED: u64 = 64 << 20;
 /// Below this a population call costs more than the faults it saves.
 const POPULATE: u64 = 64 << 10;
 /// A read transfers at most a little under 2 GiB (read(2)).
@@ -247,7 +251,7 @@ pub(crate) fn read(
         while at < end {
             let whole = huge && at.is_multiple_of(HUGE) && end - at >= HUGE;
             let stop = if whole {
-                at + HUGE
+                at + ((end - at) / HUGE * HUGE).min(COLLAPSED)
             } else if huge {
                 // Up to where a whole huge page begins, if one fits.
                 let next = at.next_multiple_of(HUGE).max(at + 1);
@@ -260,12 +264,11 @@ pub(crate) fn read(
             let purpose = format!("contents of memory {at:x}-{stop:x}");
             if whole {
                 let zero = script.data(&[0]);
-                script.copy(purpose.clone(), at, zero, 1);
-                script.try_call(
-                    purpose.clone(),
-                    libc::SYS_madvise,
-                    &[at.into(), HUGE.into(), MADV_COLLAPSE.into()],
-                );
+                for page in (at..stop).step_by(HUGE as usize) {
+                    script.copy(purpose.clone(), page, zero, 1);
+                }
+                let args = [at.into(), length.into(), MADV_COLLAPSE.into()];
+                script.try_call(purpose.clone(), libc::SYS_madvise, &args);
             } else if length >= POPULATE && at >= populated {
                 script.try_call(
                     purpose.clone(),

@@ -40,6 +40,7 @@ const CASES: &[(&str, Kind, usize, usize)] = &[
     ("10,000 areas", Kind::Areas, 10_000, 256 << 20),
     ("2,000 descriptors", Kind::Descriptors, 2000, 64 << 20),
     ("50 processes of 4 MiB", Kind::Processes, 50, 1 << 30),
+    ("50 processes of 4 MiB, no huge pages", Kind::SmallPages, 50, 1 << 30),
     ("200 processes of 4 MiB", Kind::Processes, 200, 3 << 30),
     ("1,000 processes of 4 MiB", Kind::Processes, 1000, 12 << 30),
     ("50 processes, 10,000 descriptors", Kind::Tables, 50, 256 << 20),
@@ -67,8 +68,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
 fn measure(arguments: &Arguments, tools: &[Tool], dir: &std::path::Path) -> anyhow::Result<()> {
     let mut json = Vec::new();
     if !arguments.json {
-        println!("| case | tool | freezing | frozen | dump | restore |");
-        println!("|---|---|---|---|---|---|");
+        println!("| case | tool | freezing | frozen | left running | dump | restore |");
+        println!("|---|---|---|---|---|---|---|");
     }
     for (name, kind, size, memory) in CASES {
         if arguments.case.as_ref().is_some_and(|c| !name.contains(c.as_str())) {
@@ -91,12 +92,14 @@ fn measure(arguments: &Arguments, tools: &[Tool], dir: &std::path::Path) -> anyh
                 values.sort_by(f64::total_cmp);
                 values
             };
-            let columns: [fn(&Sample) -> f64; 4] = [|s| s.freezing, |s| s.frozen, |s| s.dump, |s| s.restore];
+            let columns: [fn(&Sample) -> f64; 5] =
+                [|s| s.freezing, |s| s.frozen, |s| s.passing, |s| s.dump, |s| s.restore];
             if arguments.json {
                 json.push(serde_json::json!({
                     "case": name, "tool": tool.name(), "unit": "ms", "failure": failure,
                     "freezing": column(columns[0]), "frozen": column(columns[1]),
-                    "dump": column(columns[2]), "restore": column(columns[3]),
+                    "left_running": column(columns[2]),
+                    "dump": column(columns[3]), "restore": column(columns[4]),
                 }));
                 continue;
             }

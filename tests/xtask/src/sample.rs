@@ -22,6 +22,8 @@ pub(crate) enum Tool {
 pub(crate) struct Sample {
     pub(crate) freezing: f64,
     pub(crate) frozen: f64,
+    /// Frozen by a dump before that lets it run on.
+    pub(crate) passing: f64,
     pub(crate) dump: f64,
     pub(crate) restore: f64,
 }
@@ -52,26 +54,13 @@ impl Tool {
     }
 
     fn cycle(&self, victim: &mut Child, pid: i32, image: &Path) -> anyhow::Result<Sample> {
-        let mut sample = Sample::default();
         let id = pid.to_string();
-        let begin = Instant::now();
-        match self {
-            Tool::Torpor(path) => {
-                run(Command::new(path).args(["dump", "--quiet", &id]).arg(image))?;
-                sample.dump = ms(begin.elapsed());
-                let shown = Command::new(path).args(["show", "--json"]).arg(image).output()?;
-                let json: serde_json::Value = serde_json::from_slice(&shown.stdout)?;
-                let time = |name: &str| json["manifest"]["times"][name].as_f64().unwrap_or(f64::NAN) / 1e6;
-                (sample.freezing, sample.frozen) = (time("freezing"), time("frozen"));
-            }
-            Tool::Criu(path) => {
-                let args = ["dump", "-v0", "-o", "dump.log", "--tcp-established", "-t", &id, "-D"];
-                run(Command::new(path).args(args).arg(image))?;
-                sample.dump = ms(begin.elapsed());
-                let times = stats(&fs::read(image.join("stats-dump"))?).context("stats-dump")?;
-                (sample.freezing, sample.frozen) = times;
-            }
-        }
+        let before = image.with_file_name("before");
+        let _none = fs::remove_dir_all(&before);
+        fs::create_dir(&before)?;
+        let passing = self.dump(&id, &before, true)?.frozen;
+        fs::remove_dir_all(&before)?;
+        let mut sample = Sample { passing, ..self.dump(&id, image, false)? };
         victim.wait()?;
         reap_session(pid);
         let begin = Instant::now();
@@ -85,6 +74,36 @@ impl Tool {
         sample.restore = ms(begin.elapsed());
         if !Path::new(&format!("/proc/{pid}")).exists() {
             bail!("nothing runs after the restore by {}", self.name());
+        }
+        Ok(sample)
+    }
+}
+
+impl Tool {
+    /// Dumps process `id`, and lets it run on or ends it.
+    fn dump(&self, id: &str, image: &Path, runs_on: bool) -> anyhow::Result<Sample> {
+        let mut sample = Sample::default();
+        let begin = Instant::now();
+        match self {
+            Tool::Torpor(path) => {
+                let mut command = Command::new(path);
+                command.args(["dump", "--quiet"]).args(runs_on.then_some("--leave-running"));
+                run(command.arg(id).arg(image))?;
+                sample.dump = ms(begin.elapsed());
+                let shown = Command::new(path).args(["show", "--json"]).arg(image).output()?;
+                let json: serde_json::Value = serde_json::from_slice(&shown.stdout)?;
+                let time = |name: &str| json["manifest"]["times"][name].as_f64().unwrap_or(f64::NAN) / 1e6;
+                (sample.freezing, sample.frozen) = (time("freezing"), time("frozen"));
+            }
+            Tool::Criu(path) => {
+                let mut command = Command::new(path);
+                command.args(["dump", "-v0", "-o", "dump.log", "--tcp-established"]);
+                command.args(runs_on.then_some("--leave-running")).args(["-t", id, "-D"]);
+                run(command.arg(image))?;
+                sample.dump = ms(begin.elapsed());
+                let times = stats(&fs::read(image.join("stats-dump"))?).context("stats-dump")?;
+                (sample.freezing, sample.frozen) = times;
+            }
         }
         Ok(sample)
     }

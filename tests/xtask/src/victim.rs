@@ -25,6 +25,8 @@ pub(crate) enum Kind {
     Descriptors,
     /// A process with `size - 1` children, each with 4 MiB of its own.
     Processes,
+    /// The same in areas that want no huge pages.
+    SmallPages,
     /// The same without memory, each with 200 descriptors: files of its own, and pipes it has from its parent.
     Tables,
     /// `size` TCP connections between two processes, some with data on the way.
@@ -48,7 +50,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Kind::Spinning => threads(size, std::hint::spin_loop)?,
         Kind::Areas => areas(size)?,
         Kind::Descriptors => descriptors(size)?,
-        Kind::Processes => children(size, || memory(4 << 20, libc::MADV_NOHUGEPAGE))?,
+        Kind::Processes => children(size, || memory(4 << 20, libc::MADV_NORMAL))?,
+        Kind::SmallPages => children(size, || memory(4 << 20, libc::MADV_NOHUGEPAGE))?,
         Kind::Tables => {
             descriptors(100)?;
             children(size, || descriptors(100))?;

@@ -1,0 +1,91 @@
+//! What the control groups of this process still let it have.
+//!
+//! A limit that is met makes the kernel end some process of the group (Documentation/admin-guide/cgroup-v2.rst,
+//! "memory.max"), which may be the one that is to be left alone. So whoever takes much memory asks before.
+
+use crate::mountinfo::{Mount, mountinfo};
+use crate::text::{lines, number, read};
+use crate::{Pid, Result};
+
+/// Bytes that may still be taken before the tightest limit of memory is met, of the group and of all above it; `None`
+/// without any limit that can be read.
+pub fn memory_left() -> Option<u64> {
+    let groups = read("/proc/self/cgroup").ok()?;
+    let mounts = mountinfo(Pid::this()).ok()?;
+    let left = lines(&groups).filter_map(|line| group(line, &mounts)).flat_map(|(at, top, files)| {
+        let above = std::iter::successors(Some(at), |at| at.parent().map(Into::into));
+        above.take_while(move |at| at.starts_with(&top)).filter_map(move |at| left(&at, files).ok().flatten())
+    });
+    left.min()
+}
+
+/// Names of the files that tell limit and usage.
+type Files = (&'static str, &'static str);
+
+/// The directory of a group that limits memory, and the mount that it is below.
+fn group(line: &[u8], mounts: &[Mount]) -> Option<(std::path::PathBuf, std::path::PathBuf, Files)> {
+    use std::os::unix::ffi::OsStrExt;
+    let mut fields = line.splitn(3, |b| *b == b':');
+    let (_, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
+    let is_v1 = controllers.split(|b| *b == b',').any(|c| c == b"memory");
+    let (kind, files): (&[u8], Files) = match controllers {
+        b"" => (b"cgroup2", ("memory.max", "memory.current")),
+        _ if is_v1 => (b"cgroup", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+        _ => return None,
+    };
+    let fits = |m: &&Mount| {
+        m.fs_type == kind && (!is_v1 || m.super_options.split(|b| *b == b',').any(|o| o == b"memory"))
+    };
+    let mount = mounts.iter().find(fits)?;
+    // A group above the mounted one cannot be seen.
+    let below = if mount.root == b"/" { path } else { path.strip_prefix(mount.root.as_slice())? };
+    let below = below.strip_prefix(b"/").unwrap_or(below);
+    let top = std::path::PathBuf::from(std::ffi::OsStr::from_bytes(&mount.mount_point));
+    Some((top.join(std::ffi::OsStr::from_bytes(below)), top, files))
+}
+
+fn left(at: &std::path::Path, (limit, usage): Files) -> Result<Option<u64>> {
+    let value = |name: &str| Ok::<_, crate::Error>(number::<u64>(&read(&at.join(name).to_string_lossy())?));
+    // "max" is no number.
+    let Some(limit) = value(limit)? else { return Ok(None) };
+    Ok(value(usage)?.map(|used| limit.saturating_sub(used)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mounts() -> Vec<Mount> {
+        crate::mountinfo::parse(
+            b"30 20 0:26 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
+              31 20 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
+              32 20 0:28 /box /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n",
+        )
+        .expect("parses")
+    }
+
+    #[test]
+    fn groups_are_found_below_their_mounts() {
+        let of = |line: &[u8]| group(line, &mounts()).map(|(at, ..)| at.display().to_string());
+        assert_eq!(of(b"4:memory:/a/b").as_deref(), Some("/sys/fs/cgroup/memory/a/b"));
+        assert_eq!(of(b"0::/box/c").as_deref(), Some("/sys/fs/cgroup/unified/c"));
+        assert_eq!(of(b"0::/elsewhere"), None);
+        assert_eq!(of(b"1:cpu:/"), None);
+    }
+
+    #[test]
+    fn limits_are_read() {
+        let dir = std::env::temp_dir().join(format!("torpor-cgroup-{}", std::process::id()));
+        std::fs::create_dir(&dir).expect("made");
+        let files = ("memory.max", "memory.current");
+        let set = |limit: &str, used: &str| {
+            std::fs::write(dir.join(files.0), limit).expect("written");
+            std::fs::write(dir.join(files.1), used).expect("written");
+            left(&dir, files).expect("read")
+        };
+        assert_eq!(set("max\n", "5\n"), None);
+        assert_eq!(set("100\n", "40\n"), Some(60));
+        assert_eq!(set("100\n", "140\n"), Some(0));
+        std::fs::remove_dir_all(&dir).expect("removed");
+    }
+}
