@@ -1,12 +1,14 @@
 //! Running a plan: building the tasks, stopped, until nothing can fail any more; then letting them go.
 
+mod born;
+mod complete;
+
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use torpor_image::Image;
-use torpor_image::thread::Thread;
 use torpor_kernel::ids::{Pid, Tid};
 use torpor_kernel::ptrace::{self, Stop};
 use torpor_parasite::script::{OpId, Placed, Script, Surroundings};
@@ -204,115 +206,9 @@ impl Building<'_> {
         }
         inode::seal(&self.opener)?;
         rules::put_all_back(&mut self.opener)?;
-        // Children before their parents, who may have to be asked about children that stand.
-        for task in plan.tasks.iter().rev() {
-            self.complete(plan, layout, task, arena)?;
-        }
+        self.complete_all(plan, layout, arena)?;
         sysv::settle(&mut self.opener)?;
         mqueue::settle(&mut self.opener)?;
-        Ok(())
-    }
-
-    /// Makes the root and, through it, all others, and attaches to each.
-    fn give_birth(&mut self, plan: &Plan, layout: &Layout, arena: &mut Arena) -> Result<()> {
-        let root = &self.image.tasks[0];
-        birth::spawn_root(
-            &plan.place,
-            root,
-            plan.trap,
-            arena.context_address(0),
-            plan.place.arena + layout.stacks,
-        )?;
-        self.born = true;
-        self.trace(0, root.pid.0)?;
-        arena.go(word::ROOT);
-        let tid = Tid(root.pid.0);
-        let mut seats: Vec<Seat<'_>> = Vec::new();
-        for (phase, placed) in plan.begin.iter().zip(&layout.begin) {
-            seats.push(Seat { tid, context: 0, task: 0, script: &phase.script, placed: *placed });
-        }
-        let born = Seat { tid, context: 0, task: 0, script: &plan.births[0], placed: layout.births[0] };
-        seats.push(born);
-        for (i, seat) in seats.iter().enumerate() {
-            if i > 0 {
-                self.start(*seat, arena)?;
-            }
-            if i + 1 < seats.len() {
-                self.finish(*seat, plan, arena)?;
-            }
-        }
-        self.await_birth(plan, layout, arena)?;
-        for task in 1..plan.tasks.len() {
-            self.trace(task, self.image.tasks[task].pid.0)?;
-        }
-        arena.go(word::TRACED);
-        for task in 0..plan.tasks.len() {
-            let (script, placed) = (&plan.births[task], layout.births[task]);
-            let seat = Seat { tid: self.traced[task][0], context: task, task, script, placed };
-            self.finish(seat, plan, arena)?;
-        }
-        self.check_relations(plan)
-    }
-
-    /// Waits until all are born and in their groups; an error when one of them has failed.
-    fn await_birth(&mut self, plan: &Plan, layout: &Layout, arena: &mut Arena) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
-        while !arena.wait(word::JOINED, plan.lineage.staying()) {
-            for (i, (script, placed)) in plan.births.iter().zip(&layout.births).enumerate() {
-                if arena.context(i).state == state::FAILED {
-                    return Err(self.failure(&plan.titles[i], script, *placed, arena, i));
-                }
-            }
-            for (i, (script, placed)) in plan.helpers.iter().zip(&layout.helpers).enumerate() {
-                let context = plan.first_helper() + i;
-                if arena.context(context).state == state::FAILED {
-                    return Err(self.failure("a process that helps others", script, *placed, arena, context));
-                }
-            }
-            let root = self.traced[0][0];
-            match ptrace::try_wait(root).map_err(Error::kernel(self.image.tasks[0].title()))? {
-                Some(Stop::Exited(code)) => return Err(self.died(0, &format!("exit code {code}"))),
-                Some(Stop::Killed(signal)) => return Err(self.died(0, &format!("signal {signal}"))),
-                // Its script has failed, which is found above.
-                Some(Stop::Signal(signal))
-                    if signal == plan.trap && arena.context(0).state != state::RUNNING => {}
-                Some(Stop::Signal(signal)) if ptrace::is_fault(signal) => {
-                    return Err(self.died(0, &format!("signal {signal} in the executor")));
-                }
-                Some(_) => self.cont(root, 0)?,
-                None => {}
-            }
-            if Instant::now() > deadline {
-                return Err(self.died(0, "its children are not born in time"));
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether every process has the parent, session and group it is to have.
-    fn check_relations(&self, plan: &Plan) -> Result<()> {
-        for (node, title) in plan.lineage.nodes.iter().zip(&plan.titles).skip(1) {
-            let Some(parent) = node.parent.filter(|_| !node.stand_in()) else { continue };
-            let stat =
-                torpor_kernel::stat::of_process(Pid(node.pid)).map_err(Error::kernel(title.clone()))?;
-            let parent = plan.lineage.nodes[parent].pid;
-            let outside = plan.lineage.outside_session == Some(node.sid);
-            let right = stat.ppid == parent
-                && (stat.session == node.sid || outside)
-                && (stat.pgrp == node.pgid || plan.lineage.outside_group == Some(node.pgid));
-            if !right {
-                let (ppid, sid, pgid) = (stat.ppid, stat.session, stat.pgrp);
-                return Err(Error::Unfit {
-                    what: title.clone(),
-                    why: format!(
-                        "it came to have parent {ppid}, session {sid} and group {pgid} instead of {parent}, {} \
-                         and {}",
-                        node.sid, node.pgid
-                    ),
-                    remedy: "please report it".into(),
-                });
-            }
-        }
         Ok(())
     }
 
@@ -500,137 +396,6 @@ impl Building<'_> {
         }
         if let Some(value) = plan.coredump_filter {
             write("coredump_filter", format!("{value:#x}"))?;
-        }
-        Ok(())
-    }
-
-    /// The last of a task: it leaves the executor for good, has its registers, and stands if it is to stand.
-    fn complete(&mut self, plan: &Plan, layout: &Layout, task: &TaskPlan, arena: &mut Arena) -> Result<()> {
-        let index = task.index;
-        let image = &self.image.tasks[index];
-        let stops = Seat {
-            tid: self.traced[index][0],
-            context: index,
-            task: index,
-            script: &task.stops,
-            placed: layout.tasks[index].2,
-        };
-        self.start(stops, arena)?;
-        self.finish(stops, plan, arena)?;
-        if let Some(status) = image.leader_ended {
-            self.end_leader(plan, index, status)?;
-        }
-        if task.owns_memory {
-            self.unmap(task, arena)?;
-        }
-        for (tid, thread) in self.traced[index].iter().zip(&image.threads) {
-            self.set_state(index, *tid, thread)?;
-        }
-        if image.stopped { self.stop(index) } else { Ok(()) }
-    }
-
-    /// Lets a first thread end that had ended at the dump; others go on.
-    fn end_leader(&mut self, plan: &Plan, index: usize, status: i32) -> Result<()> {
-        let leader = self.traced[index].remove(0);
-        let title = self.image.tasks[index].title();
-        let registers = ptrace::registers(leader).map_err(Error::kernel(title.clone()))?;
-        // The vdso of the process has a system call instruction.
-        let status = (status >> 8) as u64 & 0xff;
-        let exit = [status, 0, 0, 0, 0, 0];
-        let exit =
-            registers.with_call(plan.tasks[index].last_call, registers.sp(), libc::SYS_exit as u64, exit);
-        ptrace::set_registers(leader, &exit).map_err(Error::kernel(title.clone()))?;
-        self.cont(leader, 0)?;
-        // A tracer is told of the end of a first thread only after that of all others.
-        let deadline = Instant::now() + PATIENCE;
-        let pid = Pid(self.image.tasks[index].pid.0);
-        while torpor_kernel::status::of_task(pid, leader).is_ok_and(|s| s.state != 'Z') {
-            if Instant::now() > deadline {
-                return Err(self.died(index, "its first thread does not end"));
-            }
-            std::thread::sleep(Duration::from_micros(50));
-        }
-        Ok(())
-    }
-
-    /// Makes a thread unmap executor and arena, by an instruction of the task's own memory.
-    fn unmap(&self, plan: &TaskPlan, arena: &Arena) -> Result<()> {
-        let task = &self.image.tasks[plan.index];
-        let fail = || Error::kernel(task.title());
-        let leader = self.traced[plan.index][0];
-        let (start, length) = arena.range();
-        let home = &task.leader().registers;
-        let regs =
-            home.with_call(plan.last_call, home.sp(), libc::SYS_munmap as u64, [start, length, 0, 0, 0, 0]);
-        ptrace::set_registers(leader, &regs).map_err(fail())?;
-        let mut stops = 0;
-        while stops < 2 {
-            ptrace::resume_to_syscall(leader, 0).map_err(fail())?;
-            match ptrace::wait(leader).map_err(fail())? {
-                Stop::Syscall => stops += 1,
-                Stop::Exited(code) => return Err(self.died(plan.index, &format!("exit code {code}"))),
-                Stop::Killed(signal) => return Err(self.died(plan.index, &format!("signal {signal}"))),
-                Stop::Signal(signal) if ptrace::is_fault(signal) => {
-                    let how = format!("signal {signal} on leaving the executor");
-                    return Err(self.died(plan.index, &how));
-                }
-                Stop::Signal(_) | Stop::Event { .. } => {}
-            }
-        }
-        match ptrace::registers(leader).map_err(fail())?.result() {
-            0 => Ok(()),
-            e => Err(Error::Script {
-                task: task.title(),
-                purpose: "unmapping the executor".into(),
-                errno: Errno::from_raw(-e as i32),
-            }),
-        }
-    }
-
-    /// Vector state, registers and mask: the last of all, from outside.
-    fn set_state(&self, task: usize, tid: Tid, thread: &Thread) -> Result<()> {
-        let fail = || Error::kernel(format!("{}: thread {tid}", self.image.tasks[task].title()));
-        ptrace::set_xstate(tid, &thread.xstate).map_err(fail())?;
-        ptrace::set_registers(tid, &thread.registers.restarted()).map_err(fail())?;
-        ptrace::set_signal_mask(tid, thread.signals.mask).map_err(fail())
-    }
-
-    /// Stops a task by job control, traced as it is: one thread takes the signal, which stops all, before the others
-    /// are let go into that stop. Nothing of the program runs.
-    fn stop(&self, index: usize) -> Result<()> {
-        let task = &self.image.tasks[index];
-        let fail = || Error::kernel(format!("{}: stopping it", task.title()));
-        // The parent has yet to ask for the stop: by the signal it was, if nobody handles that by now.
-        let usable = |signal: i32| {
-            let action = task.signals.actions.get(signal as usize - 1);
-            [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU].contains(&signal)
-                && action.is_some_and(|a| a.handler == 0)
-                && task.leader().signals.mask & (1 << (signal - 1)) == 0
-        };
-        let signal = if usable(task.stop_report.max(1)) { task.stop_report } else { libc::SIGSTOP };
-        let (first, others) =
-            self.traced[index].split_first().ok_or_else(|| self.died(index, "no thread"))?;
-        // SAFETY: tgkill takes numbers only.
-        unsafe { libc::syscall(libc::SYS_tgkill, task.pid.0, first.0, signal) };
-        let mut deliver = 0;
-        loop {
-            ptrace::cont(*first, deliver).map_err(fail())?;
-            match ptrace::wait(*first).map_err(fail())? {
-                Stop::Signal(got) if got == signal => deliver = signal,
-                stop if stop.group_stop().is_some() => break,
-                Stop::Exited(_) | Stop::Killed(_) => return Err(self.died(index, "it was killed")),
-                _ => deliver = 0,
-            }
-        }
-        for tid in others {
-            loop {
-                ptrace::cont(*tid, 0).map_err(fail())?;
-                match ptrace::wait(*tid).map_err(fail())? {
-                    stop if stop.group_stop().is_some() => break,
-                    Stop::Exited(_) | Stop::Killed(_) => return Err(self.died(index, "it was killed")),
-                    _ => {}
-                }
-            }
         }
         Ok(())
     }

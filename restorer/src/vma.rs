@@ -40,11 +40,11 @@ impl Begin<'_> {
         if !early.contains(&own.start) {
             return None;
         }
-        let changed = own.advice.contains(&libc::MADV_DONTFORK) || own.advice.contains(&MADV_WIPEONFORK);
+        let changed = own.advice.iter().any(|advice| [libc::MADV_DONTFORK, MADV_WIPEONFORK].contains(advice));
         let same = own.end == vma.end
-            && own.mapping == vma.mapping
             && own.grows_down == vma.grows_down
             && own.no_reserve == vma.no_reserve
+            && own.mapping == vma.mapping
             && own.advice == vma.advice;
         (same && !changed).then_some(own)
     }
