@@ -18,14 +18,16 @@ use torpor_image::inode::{Inode, Source};
 use torpor_image::manifest::Manifest;
 use torpor_image::memory::{AddressSpace, MmFields};
 use torpor_image::pipe::{Packet, Pipe, PipeEnd};
+use torpor_image::pty::{Pty, PtyEnd, Side, Slave, Stop};
 use torpor_image::rules::Rule;
 use torpor_image::scheduling::Scheduling;
 use torpor_image::signal::{ProcessSignals, SignalAction, ThreadSignals};
 use torpor_image::task::{Descriptor, Task};
+use torpor_image::terminal::ControllingTerminal;
 use torpor_image::thread::Thread;
 use torpor_image::timer::{Interval, PosixTimer, Timers};
 use torpor_image::vma::{Lock, Mapping, Vma};
-use torpor_image::{Bytes, DescriptionId, Image, InodeId, Pid, PipeId};
+use torpor_image::{Bytes, DescriptionId, Image, InodeId, Pid, PipeId, PtyId};
 use torpor_parasite::script::{Script, Value};
 
 use crate::host::Host;
@@ -428,6 +430,83 @@ fn number(value: Value) -> Option<u64> {
         Value::Number(n) => Some(n),
         _ => None,
     }
+}
+
+fn pty() -> Pty {
+    Pty {
+        id: PtyId(0),
+        number: 3,
+        path: bytes("/dev/pts/3"),
+        ptmx: bytes("/dev/ptmx"),
+        node: (0o620, 0, 5),
+        termios: vec![0; Pty::TERMIOS].into(),
+        size: [24, 80, 0, 0],
+        packet: false,
+        locked: false,
+        exclusive: (false, false),
+        slave: Slave::Open,
+        stop: Stop::No,
+        output: Bytes::default(),
+        lines: vec![bytes("typed\n")],
+        unfinished: Bytes::default(),
+    }
+}
+
+fn with_terminal(foreground: i32) -> Parts {
+    let mut parts = parts();
+    parts.objects.ptys.push(pty());
+    parts.task.terminal =
+        Some(ControllingTerminal { pty: Some(PtyId(0)), foreground: Some(Pid(foreground)) });
+    parts
+}
+
+#[test]
+fn a_terminal_is_taken_right_after_setsid() {
+    let plan = planned(with_terminal(100));
+    let steps = plan.births[0].steps();
+    let session = steps.iter().position(|s| s.nr == libc::SYS_setsid).expect("it leads a session");
+    assert_eq!(steps[session + 1].nr, libc::SYS_ioctl);
+    assert_eq!(number(steps[session + 1].args[1]), Some(libc::TIOCSCTTY));
+    // Its own group is in the foreground by that.
+    let state = |p: &&crate::plan::Phase| p.name == "state";
+    let state = plan.tasks[0].phases.iter().find(state).expect("there is one");
+    assert_eq!(calls(&state.script, libc::SYS_ioctl).count(), 0);
+}
+
+#[test]
+fn a_foreground_group_that_is_gone_is_said_once() {
+    let plan = planned(with_terminal(77));
+    let said = plan.notes.iter().filter(|n| n.contains("process group 77") && n.contains("/dev/pts/3"));
+    assert_eq!(said.count(), 1, "{:?}", plan.notes);
+}
+
+#[test]
+fn impossible_pseudo_terminals_are_refused() {
+    let refused = |change: &dyn Fn(&mut Parts)| {
+        let mut parts = with_terminal(100);
+        let path = bytes("/dev/ptmx");
+        parts.describe(Kind::Pty(PtyEnd { pty: PtyId(0), side: Side::Master, path }));
+        change(&mut parts);
+        let Parts { manifest, task, objects, records } = parts;
+        Image::from_parts("/nowhere".into(), manifest, vec![task], objects, records).is_err()
+    };
+    assert!(!refused(&|_| ()));
+    assert!(refused(&|p| p.objects.ptys[0].number = Pty::MAX_NUMBER));
+    assert!(refused(&|p| p.objects.ptys[0].id = PtyId(1)));
+    assert!(refused(&|p| p.objects.ptys[0].path = bytes("relative")));
+    assert!(refused(&|p| p.objects.ptys[0].ptmx = bytes("/dev/\0ptmx")));
+    assert!(refused(&|p| p.objects.ptys[0].ptmx = Bytes::default()));
+    assert!(refused(&|p| p.objects.ptys[0].termios = vec![0; 36].into()));
+    assert!(refused(&|p| p.objects.ptys[0].node.0 = 0o100_644));
+    assert!(refused(&|p| p.objects.ptys[0].output = vec![0; Pty::MAX_QUEUED + 1].into()));
+    assert!(refused(&|p| p.objects.ptys[0].lines = vec![Bytes::default(); Pty::MAX_QUEUED]));
+    assert!(refused(&|p| p
+        .objects
+        .descriptions
+        .push(Description { id: DescriptionId(1), ..p.objects.descriptions[0].clone() })));
+    assert!(refused(
+        &|p| p.task.terminal = Some(ControllingTerminal { pty: Some(PtyId(1)), foreground: None })
+    ));
 }
 
 /// What must hold of every plan.
