@@ -262,14 +262,10 @@ impl Frozen {
     /// Ends the tree and waits until it is gone.
     pub fn kill(self) -> Result<()> {
         let Frozen { hold, stopped, .. } = self;
-        if let Some(hold) = &hold {
-            hold.silence(stopped.root().pid())?;
-        }
-        stopped.kill()?;
         if let Some(hold) = hold {
-            hold.over();
+            hold.end(stopped.root().pid())?;
         }
-        Ok(())
+        stopped.kill()
     }
 
     /// Lets the tree go on.

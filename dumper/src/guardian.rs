@@ -2,23 +2,45 @@
 //!
 //! A descriptor from pidfd_getfd(2) is the target's own socket: what is changed there for a look (repair mode, a
 //! filter, the peek offset) stays changed when we are killed in the middle. So before anything is changed a child is
-//! made that holds the sockets too, knows what to set to what, and waits on a pipe: at its end it sets everything and
-//! exits. That is also how we ask it to, so the way taken after our death is the one taken every time.
+//! made that holds the sockets too, knows what to set to what, and waits for an order or for our death: then it sets
+//! everything and exits. So the way taken after our death is the one taken every time.
 //!
-//! The child is a copy of us (no shared memory that could be freed under it) that makes system calls only. It is in
-//! a session of its own with all signals blocked and under another name, so that what is aimed at us misses it, and
-//! ends without SIGCHLD (clone(2), exit signal 0). The kernel closes our descriptors before it lets go of what we
-//! trace (kernel/exit.c, `do_exit`), so the child is awake before the target is; what it has to undo is kept short.
+//! It must hear of our death before the target goes on. The kernel lets go of what a thread traces late in that
+//! thread's end (kernel/exit.c, `exit_notify`), closes descriptors a moment before that if no other thread has them
+//! (`exit_files`), but looks at the futexes that a thread holds first of all (`exit_mm_release`), before it takes its
+//! memory apart. So the child waits for a futex of the tracing thread's robust list, at whose end the kernel wakes
+//! it (Documentation/locking/robust-futex-ABI.rst), and does so with a real-time priority where it may.
+//!
+//! Where the target is to end, its connections must not be heard of afterwards, and one process must not end without
+//! the others. That is decided by one word that is written when the image is complete: from then on the child, not we,
+//! makes the sockets silent and ends the processes, and nothing but its own death keeps it from that.
+//!
+//! The child is a copy of us (of our memory it shares the page with the words only) that makes system calls only. It
+//! is in a session of its own with all signals blocked and under another name, so that what is aimed at us misses it,
+//! and ends without SIGCHLD (clone(2), exit signal 0).
 
+use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
+
+use crate::robust::{Held, wake};
 
 /// How long sockets are kept for: about as long as a peer goes on asking (tcp(7), `tcp_retries2`).
 const PATIENCE: libc::timespec = libc::timespec { tv_sec: 15 * 60, tv_nsec: 0 };
+/// After which time one that does not answer is looked for.
+const ANSWER: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
-/// One option to be put back.
+/// What the child is to do.
+mod order {
+    pub(super) const UNDO: u32 = 1;
+    pub(super) const END: u32 = 2;
+}
+/// No answer yet; else it is 0 or an errno.
+const NONE: u32 = u32::MAX;
+
+/// One option to be set.
 #[derive(Debug)]
 pub(crate) struct Undo {
     fd: i32,
@@ -41,40 +63,45 @@ impl Undo {
     }
 }
 
+/// What is to happen when the image is complete.
+#[derive(Debug, Default)]
+pub(crate) struct End {
+    /// What makes the sockets silent.
+    pub(crate) silence: Vec<Undo>,
+    /// Pidfds of the processes that end.
+    pub(crate) processes: Vec<OwnedFd>,
+}
+
 /// The child. Dropped, it has put everything back.
+///
+/// It watches the thread that made it, so this cannot be sent to another.
 #[derive(Debug)]
 pub(crate) struct Guardian {
     pid: i32,
-    pipe: Option<OwnedFd>,
+    held: Held,
+    /// Whether it has been told to end the processes, and has done so.
+    stays: bool,
+    _bound_to_thread: PhantomData<*const ()>,
 }
 
 impl Guardian {
     /// Starts it; from now on everything of `undo` happens when we end.
     pub(crate) fn start(undo: &[Undo]) -> Result<Self, Errno> {
-        let programs: Vec<libc::sock_fprog> = undo
-            .iter()
-            .map(|u| libc::sock_fprog {
-                len: (u.value.len() / 8) as u16,
-                filter: u.value.as_ptr().cast_mut().cast(),
-            })
-            .collect();
-        let calls: Vec<Call> = undo
-            .iter()
-            .zip(&programs)
-            .map(|(u, program)| {
-                let attach = u.level == libc::SOL_SOCKET && u.name == libc::SO_ATTACH_FILTER;
-                let (value, length) = if attach {
-                    (std::ptr::from_ref(program).cast(), size_of::<libc::sock_fprog>())
-                } else {
-                    (u.value.as_ptr().cast::<libc::c_void>(), u.value.len())
-                };
-                Call { fd: u.fd, level: u.level, name: u.name, value, length }
-            })
-            .collect();
-        let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-        let mut keep: Vec<i32> = undo.iter().map(|u| u.fd).chain([read.as_raw_fd()]).collect();
+        Self::start_for(undo, &End::default())
+    }
+
+    /// Likewise, for processes that shall [`Guardian::end`].
+    pub(crate) fn start_for(undo: &[Undo], end: &End) -> Result<Self, Errno> {
+        let (undo_programs, silence_programs) = (programs(undo), programs(&end.silence));
+        let (calls, silence) = (calls(undo, &undo_programs), calls(&end.silence, &silence_programs));
+        let processes: Vec<i32> = end.processes.iter().map(AsRawFd::as_raw_fd).collect();
+        let mut keep: Vec<i32> = undo.iter().chain(&end.silence).map(|u| u.fd).collect();
+        keep.extend(&processes);
         keep.sort_unstable();
         keep.dedup();
+        let held = Held::new()?;
+        held.word(ANSWERED).store(NONE, Ordering::SeqCst);
+        let work = Work { keep: &keep, undo: &calls, silence: &silence, processes: &processes, held: &held };
         // SAFETY: an all-zero sigset_t is a valid one.
         let (mut all, mut before): (libc::sigset_t, libc::sigset_t) = unsafe { std::mem::zeroed() };
         // SAFETY: two sets of ours.
@@ -87,28 +114,66 @@ impl Guardian {
         let pid = unsafe { libc::syscall(libc::SYS_clone, 0, 0, 0, 0, 0) };
         if pid == 0 {
             // SAFETY: this is the child.
-            unsafe { wait_and_undo(read.as_raw_fd(), &keep, &calls) }
+            unsafe { work.run() }
         }
         let errno = Errno::last();
         // SAFETY: the set that was in force before.
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut()) };
-        if pid < 0 { Err(errno) } else { Ok(Guardian { pid: pid as i32, pipe: Some(write) }) }
+        if pid < 0 {
+            return Err(errno);
+        }
+        Ok(Guardian { pid: pid as i32, held, stays: false, _bound_to_thread: PhantomData })
     }
 
-    /// Nothing is to be put back any more: whoever had the sockets is gone. The child keeps them, as they are, until
-    /// somebody takes over their addresses or [`PATIENCE`] is over.
-    pub(crate) fn stay(mut self) {
-        if let Some(pipe) = self.pipe.take() {
-            // If it is gone already there is nobody left to tell.
-            let _gone = nix::unistd::write(&pipe, &[1]);
+    /// The image is complete: makes the sockets silent and ends the processes, whatever becomes of us from here on.
+    /// The child keeps the sockets, as they are then, until somebody takes over their addresses or [`PATIENCE`] is over.
+    /// On error everything has been put back.
+    pub(crate) fn end(mut self) -> Result<(), Errno> {
+        self.tell(order::END);
+        let answer = self.held.word(ANSWERED);
+        let patience = ANSWER;
+        loop {
+            match answer.load(Ordering::SeqCst) {
+                0 => {
+                    self.stays = true;
+                    return Ok(());
+                }
+                NONE => {}
+                errno => return Err(Errno::from_raw(errno.cast_signed())),
+            }
+            // SAFETY: FUTEX_WAIT on a word of ours, with a timeout; waitpid without a place for a status.
+            unsafe {
+                libc::syscall(
+                    libc::SYS_futex,
+                    answer.as_ptr(),
+                    libc::FUTEX_WAIT,
+                    NONE,
+                    &raw const patience,
+                    0,
+                    0,
+                );
+                let gone = libc::waitpid(self.pid, std::ptr::null_mut(), libc::WNOHANG | libc::__WALL) != 0;
+                if gone && answer.load(Ordering::SeqCst) == NONE {
+                    return Err(Errno::ECHILD);
+                }
+            }
         }
-        std::mem::forget(self);
+    }
+
+    fn tell(&self, order: u32) {
+        self.held.word(ORDER).store(order, Ordering::SeqCst);
+        self.held.let_go();
     }
 }
 
 impl Drop for Guardian {
     fn drop(&mut self) {
-        self.pipe = None;
+        if self.stays {
+            return;
+        }
+        if self.held.word(ORDER).load(Ordering::SeqCst) == 0 {
+            self.tell(order::UNDO);
+        }
         loop {
             // SAFETY: waitpid takes numbers and no place for a status; the child is ours and not reaped.
             let got = unsafe { libc::waitpid(self.pid, std::ptr::null_mut(), libc::__WALL) };
@@ -119,6 +184,36 @@ impl Drop for Guardian {
     }
 }
 
+/// Words of the shared page: what the child is to do, and what came of it.
+const ORDER: usize = 0;
+const ANSWERED: usize = 1;
+
+fn programs(options: &[Undo]) -> Vec<libc::sock_fprog> {
+    options
+        .iter()
+        .map(|u| libc::sock_fprog {
+            len: (u.value.len() / 8) as u16,
+            filter: u.value.as_ptr().cast_mut().cast(),
+        })
+        .collect()
+}
+
+fn calls(options: &[Undo], programs: &[libc::sock_fprog]) -> Vec<Call> {
+    options
+        .iter()
+        .zip(programs)
+        .map(|(u, program)| {
+            let attach = u.level == libc::SOL_SOCKET && u.name == libc::SO_ATTACH_FILTER;
+            let (value, length) = if attach {
+                (std::ptr::from_ref(program).cast(), size_of::<libc::sock_fprog>())
+            } else {
+                (u.value.as_ptr().cast::<libc::c_void>(), u.value.len())
+            };
+            Call { fd: u.fd, level: u.level, name: u.name, value, length }
+        })
+        .collect()
+}
+
 struct Call {
     fd: i32,
     level: i32,
@@ -127,40 +222,100 @@ struct Call {
     length: usize,
 }
 
-/// # Safety
-/// Must be called in a child made for it, whose descriptors nobody else uses.
-unsafe fn wait_and_undo(pipe: i32, keep: &[i32], calls: &[Call]) -> ! {
-    // SAFETY: system calls on numbers, and on memory that this process has to itself.
-    unsafe {
-        libc::syscall(libc::SYS_setsid);
-        libc::syscall(libc::SYS_chdir, c"/".as_ptr());
-        libc::syscall(libc::SYS_prctl, libc::PR_SET_NAME, c"tcp-guardian".as_ptr(), 0, 0, 0);
-        let mut from = 0u32;
-        for fd in keep {
-            let fd = fd.cast_unsigned();
-            if fd > from {
-                libc::syscall(libc::SYS_close_range, from, fd - 1, 0);
-            }
-            from = fd + 1;
+impl Call {
+    /// setsockopt(2); 0 or an errno.
+    ///
+    /// # Safety
+    /// The value must be as long as it says.
+    unsafe fn make(&self) -> u32 {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let done =
+                libc::syscall(libc::SYS_setsockopt, self.fd, self.level, self.name, self.value, self.length);
+            if done == 0 { 0 } else { (*libc::__errno_location()).cast_unsigned() }
         }
-        libc::syscall(libc::SYS_close_range, from, u32::MAX, 0);
-        let mut word = 0u8;
-        let done = loop {
-            let got = libc::syscall(libc::SYS_read, pipe, &raw mut word, 1);
-            if got >= 0 || *libc::__errno_location() != libc::EINTR {
-                break got == 1;
+    }
+}
+
+/// All that the child needs.
+struct Work<'w> {
+    keep: &'w [i32],
+    undo: &'w [Call],
+    silence: &'w [Call],
+    processes: &'w [i32],
+    held: &'w Held,
+}
+
+impl Work<'_> {
+    /// # Safety
+    /// Must be called in a child made for it, whose descriptors nobody else uses.
+    unsafe fn run(&self) -> ! {
+        // SAFETY: system calls on numbers, and on memory that this process has to itself.
+        unsafe {
+            libc::syscall(libc::SYS_setsid);
+            libc::syscall(libc::SYS_chdir, c"/".as_ptr());
+            libc::syscall(libc::SYS_prctl, libc::PR_SET_NAME, c"tcp-guardian".as_ptr(), 0, 0, 0);
+            let urgent = libc::sched_param { sched_priority: 2 };
+            libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_FIFO, &raw const urgent);
+            let mut from = 0u32;
+            for fd in self.keep {
+                let fd = fd.cast_unsigned();
+                if fd > from {
+                    libc::syscall(libc::SYS_close_range, from, fd - 1, 0);
+                }
+                from = fd + 1;
             }
-        };
-        if done {
-            let patience = PATIENCE;
-            libc::syscall(libc::SYS_ppoll, 0, 0, &raw const patience, 0, 0);
-        } else {
-            for call in calls {
-                libc::syscall(libc::SYS_setsockopt, call.fd, call.level, call.name, call.value, call.length);
+            libc::syscall(libc::SYS_close_range, from, u32::MAX, 0);
+            self.held.wait();
+            if self.held.word(ORDER).load(Ordering::SeqCst) == order::END && self.end() {
+                let patience = PATIENCE;
+                libc::syscall(libc::SYS_ppoll, 0, 0, &raw const patience, 0, 0);
+            } else {
+                for call in self.undo {
+                    call.make();
+                }
+            }
+            loop {
+                libc::syscall(libc::SYS_exit_group, 0);
             }
         }
-        loop {
-            libc::syscall(libc::SYS_exit_group, 0);
+    }
+
+    /// Makes the sockets silent and ends the processes. False, with nothing ended, when that is not possible.
+    ///
+    /// # Safety
+    /// As for `run`.
+    unsafe fn end(&self) -> bool {
+        // SAFETY: system calls on numbers, and the calls that were made ready.
+        unsafe {
+            let signal = |fd: &i32, signal: i32| {
+                let sent = libc::syscall(libc::SYS_pidfd_send_signal, *fd, signal, 0, 0);
+                // One that is gone already has ended.
+                match if sent == 0 { 0 } else { *libc::__errno_location() } {
+                    libc::ESRCH => 0,
+                    errno => errno.cast_unsigned(),
+                }
+            };
+            let mut failed = 0;
+            for fd in self.processes {
+                failed = if failed == 0 { signal(fd, 0) } else { failed };
+            }
+            for call in self.silence {
+                failed = if failed == 0 { call.make() } else { failed };
+            }
+            if failed == 0 {
+                for fd in self.processes {
+                    signal(fd, libc::SIGKILL);
+                }
+            } else {
+                for call in self.undo {
+                    call.make();
+                }
+            }
+            let answer: &AtomicU32 = self.held.word(ANSWERED);
+            answer.store(failed, Ordering::SeqCst);
+            wake(answer);
+            failed == 0
         }
     }
 }

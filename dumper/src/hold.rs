@@ -4,19 +4,21 @@
 //! when its process ends. So each socket gets a filter that drops everything (socket(7), `SO_ATTACH_FILTER`; what is
 //! dropped the peer sends again), is read in repair mode, and is put into that mode once more before the process is
 //! killed: a socket in repair mode is closed silently (net/ipv4/tcp.c, `tcp_disconnect`). Until then a guardian stands
-//! ready to undo all of it. Afterwards it stays, for as long as a peer may have patience: while its sockets exist,
+//! ready to undo all of it; once the image is complete it is the guardian that does the rest, so that it is done even
+//! if we are killed. It stays for as long as a peer may have patience: while its sockets exist,
 //! deaf, what the peer sends meets nobody; without them the kernel would answer with a reset. A restore on this
 //! machine ends it; one on another takes over the address as well, and nothing is sent here any more.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use torpor_image::tcp::Kept;
+use torpor_kernel::fds;
 use torpor_kernel::ids::Pid;
 use torpor_kernel::tcp::{self, state};
 
 use crate::collect::Collector;
 use crate::error::{Error, Result};
-use crate::guardian::{Guardian, Undo};
+use crate::guardian::{End, Guardian, Undo};
 use crate::repair;
 use crate::socket;
 use crate::tcp::Socket;
@@ -50,7 +52,8 @@ impl Hold {
         let pid = collector.pid;
         let sockets: Vec<&Socket> = sockets.collect();
         let mut undo = Vec::new();
-        let mut fds = Vec::new();
+        let mut end = End::default();
+        let mut copies = Vec::new();
         for socket in &sockets {
             collector.turn_to(socket.pid);
             let fd = &socket.fd;
@@ -70,20 +73,26 @@ impl Hold {
             for (level, name) in IMPATIENT {
                 let value = socket::int_option(fd, level, name).unwrap_or(0);
                 undo.push(Undo::number(fd.as_fd(), level, name, value));
+                end.silence.push(Undo::number(fd.as_fd(), level, name, 0));
             }
+            end.silence.push(Undo::number(fd.as_fd(), libc::IPPROTO_TCP, tcp::TCP_REPAIR, 1));
             let copy = fd.try_clone().map_err(|e| {
                 Error::kernel(pid, format!("holding {}", socket.title))(torpor_kernel::Error::io(
                     "dup", pid, &e,
                 ))
             })?;
-            fds.push(copy);
+            copies.push(copy);
         }
         if sockets.is_empty() {
             return Ok(None);
         }
+        for member in &collector.members {
+            let pidfd = fds::pidfd_open(Pid(*member)).map_err(Error::kernel(Pid(*member), "holding it"))?;
+            end.processes.push(pidfd);
+        }
         let start =
             |e| Error::kernel(pid, "starting a guardian")(torpor_kernel::Error::syscall("clone", pid, e));
-        let hold = Hold { guardian: Guardian::start(&undo).map_err(start)?, sockets: fds };
+        let hold = Hold { guardian: Guardian::start_for(&undo, &end).map_err(start)?, sockets: copies };
         for (fd, socket) in hold.sockets.iter().zip(&sockets) {
             make_deaf(fd).map_err(Error::kernel(pid, format!("holding {}", socket.title)))?;
         }
@@ -103,20 +112,13 @@ impl Hold {
         Ok(Some((hold, states)))
     }
 
-    /// Makes sure that the end of the process will not be heard of.
-    pub(crate) fn silence(&self, pid: Pid) -> Result<()> {
-        for fd in &self.sockets {
-            for (level, name) in IMPATIENT {
-                repair::set(fd, level, name, 0).map_err(Error::kernel(pid, "silencing its connections"))?;
-            }
-            tcp::set_repair(fd.as_fd(), 1).map_err(Error::kernel(pid, "silencing its connections"))?;
-        }
-        Ok(())
-    }
-
-    /// The processes are gone.
-    pub(crate) fn over(self) {
-        self.guardian.stay();
+    /// The image is complete: ends the processes, without their connections telling of it.
+    pub(crate) fn end(self, pid: Pid) -> Result<()> {
+        let failed = |errno| torpor_kernel::Error::syscall("setsockopt, pidfd_send_signal", pid, errno);
+        self.guardian
+            .end()
+            .map_err(failed)
+            .map_err(Error::kernel(pid, "ending it and its connections silently"))
     }
 }
 

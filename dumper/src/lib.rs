@@ -48,6 +48,7 @@ mod pty;
 mod raw;
 mod repair;
 mod restart;
+mod robust;
 mod rules;
 mod scheduling;
 mod scratch;

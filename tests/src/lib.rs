@@ -381,12 +381,23 @@ impl Victim {
     pub fn dump(&mut self) -> Outcome<PathBuf> {
         let before = members(self.pid);
         let image = self.dump_with(&[])?;
-        let manifest = torpor_image::Image::open(&image).map_err(|e| e.to_string())?.manifest;
+        self.expect_end(&image, before)?;
+        self.reap()?;
+        Ok(image)
+    }
+
+    /// Waits until all processes of an image are gone.
+    pub fn reap_all(&mut self, image: &Path) -> Outcome {
+        self.expect_end(image, Vec::new())?;
+        self.reap()
+    }
+
+    fn expect_end(&mut self, image: &Path, before: Vec<i32>) -> Outcome {
+        let manifest = torpor_image::Image::open(image).map_err(|e| e.to_string())?.manifest;
         let zombies = manifest.zombies.iter().map(|z| z.pid.0);
         self.ended = manifest.tasks.iter().map(|p| p.0).chain(zombies).chain(before).collect();
         self.ended.retain(|pid| *pid != self.pid);
-        self.reap()?;
-        Ok(image)
+        Ok(())
     }
 
     /// Waits until the process is gone.

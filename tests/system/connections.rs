@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -30,7 +31,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         "a thousand connections" => many,
         "what was on its way arrives at once" => at_once,
         "a dumper that is killed leaves connections as they were" => torture_inside,
-        "a dumper that is killed leaves connections to the outside as they were" => torture_outside,
+        "a dumper that is killed leaves connections to the outside as they were" => || torture_outside(&[]),
+        "a dumper that is killed leaves all of a tree with such a connection, or none" => || torture_outside(&["family"]),
     ]
 }
 
@@ -257,17 +259,64 @@ fn torture_inside() -> Outcome {
     torture(&mut victim, &["--leave-running"], 60)
 }
 
-fn torture_outside() -> Outcome {
+fn torture_outside(more: &[&str]) -> Outcome {
     let (listener, port) = listener()?;
-    let mut victim = Victim::start("outside", &["echo", &port])?;
+    let args: Vec<&str> = [&["echo", port.as_str()], more].concat();
+    let mut victim = Victim::start("outside", &args)?;
     let (peer, _) = listener.accept().map_err(text)?;
     let stop = Arc::new(AtomicBool::new(false));
     let talk = stream(peer, stop.clone());
-    let result = torture(&mut victim, &["--tcp", "keep"], 60);
+    let result = torture(&mut victim, &["--tcp", "keep"], 100).and_then(|()| ends(&mut victim));
     stop.store(true, Ordering::Relaxed);
     let talk = talk.join().map_err(|_| "the stream panicked")?;
+    let log = fs::read_to_string(victim.log()).unwrap_or_default();
+    let unfit = log.lines().filter(|l| l.starts_with("repair")).count();
+    eprintln!("the victim met its socket in repair mode {unfit} times");
     result?;
     talk.map(drop)
+}
+
+/// Kills dumpers about when they end the process: at random moments after the image has its name.
+fn ends(victim: &mut Victim) -> Outcome {
+    let pid = victim.pid.to_string();
+    let mut ended = 0;
+    for n in 0..100u64 {
+        let image = victim.image();
+        let mut dumper = torpor_command(&["dump", "--tcp", "keep", &pid, image.to_str().ok_or("a path")?])
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .map_err(text)?;
+        let begin = Instant::now();
+        while !image.join("manifest.tpr").exists() && begin.elapsed() < Duration::from_secs(5) {
+            std::hint::spin_loop();
+        }
+        let moment = Instant::now() + Duration::from_micros(n * 7919 % 400);
+        while Instant::now() < moment {
+            std::hint::spin_loop();
+        }
+        dumper.kill().map_err(text)?;
+        dumper.wait().map_err(text)?;
+        ended += u32::from(settle(victim, &image).map_err(|e| format!("at end {n}: {e}"))?);
+    }
+    eprintln!("{ended} of 100 dumps ended the process");
+    ensure!(ended > 0, "no dump was late enough");
+    Ok(())
+}
+
+/// After a killed dump: the process goes on, or is restored from a complete image. Says which.
+fn settle(victim: &mut Victim, image: &Path) -> Outcome<bool> {
+    std::thread::sleep(Duration::from_millis(10));
+    let gone = matches!(state(victim.pid), None | Some('Z'));
+    if gone {
+        victim.count()?;
+        ensure!(image.join("manifest.tpr").exists(), "the process was ended without an image");
+        victim.reap_all(image)?;
+        victim.restore_with(&["--accept-changed"], image)?;
+    }
+    victim.ticks(1)?;
+    Ok(gone)
 }
 
 /// Kills dumpers at random moments. One that was quicker has ended the process, which is restored then.
@@ -287,14 +336,7 @@ fn torture(victim: &mut Victim, options: &[&str], rounds: u64) -> Outcome {
         std::thread::sleep(Duration::from_micros(1000 + n * 7919 % 16_000));
         dumper.kill().map_err(text)?;
         dumper.wait().map_err(text)?;
-        std::thread::sleep(Duration::from_millis(2));
-        if matches!(state(victim.pid), None | Some('Z')) {
-            victim.count().map_err(|e| format!("after dump {n}: {e}"))?;
-            ensure!(image.join("manifest.tpr").exists(), "dump {n} ended the process without an image");
-            victim.reap()?;
-            victim.restore_with(&["--accept-changed"], &image)?;
-        }
-        victim.ticks(1).map_err(|e| format!("after dump {n}: {e}"))?;
+        settle(victim, &image).map_err(|e| format!("after dump {n}: {e}"))?;
     }
     victim.ticks(15)
 }
