@@ -7,7 +7,6 @@ use nix::sys::stat::SFlag;
 use torpor_image::description::Kind;
 use torpor_image::extent::Extents;
 use torpor_image::inode::Source;
-use torpor_image::task::Task;
 use torpor_image::{Bytes, InodeId};
 use torpor_kernel::fds;
 use torpor_kernel::ids::Pid;
@@ -116,24 +115,6 @@ fn per_process(path: &[u8]) -> Option<(Pid, &[u8])> {
     let (pid, rest) = path.split_at(path.iter().position(|b| *b == b'/').unwrap_or(path.len()));
     let pid = std::str::from_utf8(pid).ok()?.parse().ok()?;
     Some((Pid(pid), rest.strip_prefix(b"/").unwrap_or(rest)))
-}
-
-/// Files of /proc about processes are opened by the task that has them, so none may be shared by several.
-pub(crate) fn refuse_shared(collector: &mut Collector, tasks: &[Task]) {
-    for index in 0..collector.objects.descriptions.len() {
-        let description = &collector.objects.descriptions[index];
-        let Kind::File(inode) = description.kind else { continue };
-        let inode = &collector.objects.inodes[inode.0 as usize];
-        if !matches!(inode.source, Source::Process { .. }) {
-            continue;
-        }
-        let (id, name) = (description.id, inode.name());
-        let mut holders = tasks.iter().filter(|t| t.descriptors.iter().any(|d| d.description == id));
-        if let (Some(first), Some(second)) = (holders.next(), holders.next()) {
-            let why = format!("pid {} and pid {} share it, as after fork(2)", first.pid, second.pid);
-            collector.refuse(format!("`{name}`"), why, "let each open it for itself");
-        }
-    }
 }
 
 fn memfd(collector: &mut Collector, found: &Found, name: &Bytes) -> Result<Option<InodeId>> {

@@ -12,11 +12,12 @@ use torpor_parasite::call;
 use torpor_parasite::script::{OpId, Script, Value};
 
 use crate::error::{Error, Result};
+use crate::late::{self, Moment};
 use crate::open::Opener;
 use crate::plan::{Open, Planner};
 use crate::{
-    eventfd, inet, inode, inotify, lock, mqueue, netlink, packet, pidfd, pipe, process_file, pty, raw,
-    signalfd, terminal, timerfd, udp, unix,
+    eventfd, inet, inode, inotify, lock, mqueue, netlink, packet, pidfd, pipe, pty, raw, signalfd, terminal,
+    timerfd, udp, unix,
 };
 
 /// asm-generic/fcntl.h
@@ -50,25 +51,21 @@ pub(crate) fn plan(script: &mut Script, planner: &mut Planner<'_>, task: &Task) 
             wanted.extend(epoll.targets.iter().map(|t| t.description));
         }
     }
-    // Those it opens itself, later.
-    wanted.retain(|id| process_file::of(planner.image, *id).is_none());
     wanted.sort_by_key(|id| (rank(&planner.image.objects.descriptions[id.0 as usize]), *id));
     wanted.dedup();
     for id in wanted {
-        if pidfd::is_inside(&planner.image.objects.descriptions[id.0 as usize]) {
-            let op = pidfd::plan(script, planner, task, id, spare);
-            numbers.aside.extend(op.map(|op| (id, op)));
-            continue;
-        }
         let slot = planner.open(Open::Description(id));
         let purpose = format!("{} {id}", planner.image.objects.descriptions[id.0 as usize].kind.noun());
-        let args = [planner.descriptor(slot), libc::F_DUPFD_CLOEXEC.into(), spare.into()];
-        numbers.aside.insert(id, script.call(purpose, libc::SYS_fcntl, &args));
+        let slot = planner.descriptor(slot);
+        let received = late::moment(planner.image, id) == Some(Moment::Birth);
+        let source = if received { late::receive(script, &purpose, slot) } else { slot };
+        let args = [source, libc::F_DUPFD_CLOEXEC.into(), spare.into()];
+        numbers.aside.insert(id, script.call(purpose.clone(), libc::SYS_fcntl, &args));
+        if received {
+            script.call(purpose, libc::SYS_close, &[source]);
+        }
     }
     for descriptor in &task.descriptors {
-        if process_file::of(planner.image, descriptor.description).is_some() {
-            continue;
-        }
         let flags = if descriptor.close_on_exec { libc::O_CLOEXEC } else { 0 };
         let source = numbers.source(descriptor.description);
         script.call_for(
@@ -81,11 +78,20 @@ pub(crate) fn plan(script: &mut Script, planner: &mut Planner<'_>, task: &Task) 
     numbers
 }
 
-/// Who gets SIGIO; the numbers are in place, and the owner, if it is this task, exists.
-pub(crate) fn owners(script: &mut Script, planner: &mut Planner<'_>, task: &Task) {
+/// Whether a number has another description until the threads are there.
+pub(crate) fn is_late(image: &Image, id: DescriptionId) -> bool {
+    late::moment(image, id) == Some(Moment::Threads)
+}
+
+/// Who gets SIGIO; the numbers are in place, and the owner, if it is this task, exists. `late`: of those
+/// descriptions that are in place when the threads are there, else of the others.
+pub(crate) fn owners(script: &mut Script, planner: &mut Planner<'_>, task: &Task, late: bool) {
     let image = planner.image;
     let mut done = Vec::new();
     for descriptor in &task.descriptors {
+        if late != is_late(image, descriptor.description) {
+            continue;
+        }
         let description = &image.objects.descriptions[descriptor.description.0 as usize];
         let Some(owner) = description.owner else { continue };
         if done.contains(&descriptor.description) {
@@ -175,6 +181,9 @@ pub(crate) fn in_flight(planner: &mut Planner<'_>) {
 pub(crate) fn open(opener: &mut Opener<'_>, id: DescriptionId) -> Result<OwnedFd> {
     let description = &opener.image.objects.descriptions[id.0 as usize];
     let what = opener.name(id);
+    if late::moment(opener.image, id).is_some() {
+        return late::place(opener, &what, id);
+    }
     let fd = match &description.kind {
         Kind::File(inode) => inode::open(opener, &what, *inode, description.flags)?,
         Kind::Pipe(end) => pipe::open(opener, &what, end, description.flags)?,
@@ -194,7 +203,7 @@ pub(crate) fn open(opener: &mut Opener<'_>, id: DescriptionId) -> Result<OwnedFd
         Kind::Raw(socket) => raw::open(&what, socket)?,
         Kind::Netlink(socket) => netlink::open(&what, socket)?,
         Kind::Packet(socket) => packet::open(&what, socket)?,
-        Kind::PidFd(_) => pidfd::of_nobody(&what)?,
+        Kind::PidFd(pidfd) => pidfd::of(&what, pidfd, description.flags)?,
         Kind::Pty(end) => pty::open(opener, &what, id, end)?,
     };
     if !matches!(description.kind, Kind::Terminal(_)) && description.flags & libc::O_PATH as u32 == 0 {
@@ -204,7 +213,7 @@ pub(crate) fn open(opener: &mut Opener<'_>, id: DescriptionId) -> Result<OwnedFd
 }
 
 /// Status flags, position and lock.
-fn settle(what: &str, fd: &OwnedFd, description: &Description) -> Result<()> {
+pub(crate) fn settle(what: &str, fd: &OwnedFd, description: &Description) -> Result<()> {
     // What F_SETFL can change; the rest was given to open(2).
     let flags =
         description.flags as i32 & (libc::O_APPEND | libc::O_NONBLOCK | libc::O_DIRECT | libc::O_NOATIME);

@@ -9,7 +9,8 @@ use torpor_image::{DescriptionId, Image};
 use torpor_parasite::call;
 use torpor_parasite::script::{Script, Value};
 
-use crate::description::Numbers;
+use crate::description::{self, Numbers};
+use crate::error::{Error, Result};
 
 /// Index of the task that fills a set.
 fn filler(image: &Image, set: DescriptionId, epoll: &Epoll) -> Option<usize> {
@@ -27,7 +28,13 @@ fn filler(image: &Image, set: DescriptionId, epoll: &Epoll) -> Option<usize> {
 
 /// Fills the sets of a task whose descriptors have their numbers. An entry whose number means another
 /// description by now is added through that number all the same: epoll remembers the number.
-pub(crate) fn plan(script: &mut Script, image: &Image, index: usize, numbers: &Numbers) {
+/// Without `numbers` those that watch what is in place only when the threads are there.
+pub(crate) fn plan(
+    script: &mut Script,
+    image: &Image,
+    index: usize,
+    numbers: Option<&Numbers>,
+) -> Result<()> {
     let task = &image.tasks[index];
     let mut sets: BTreeMap<DescriptionId, i32> = BTreeMap::new();
     for descriptor in &task.descriptors {
@@ -40,6 +47,9 @@ pub(crate) fn plan(script: &mut Script, image: &Image, index: usize, numbers: &N
             continue;
         }
         for target in &epoll.targets {
+            if description::is_late(image, target.description) == numbers.is_some() {
+                continue;
+            }
             // struct epoll_event is packed on x86_64 and 16 bytes with padding elsewhere (linux/eventpoll.h).
             let mut event = target.events.to_ne_bytes().to_vec();
             if !cfg!(target_arch = "x86_64") {
@@ -50,12 +60,20 @@ pub(crate) fn plan(script: &mut Script, image: &Image, index: usize, numbers: &N
             let purpose = format!("epoll fd {set} watching fd {}", target.fd);
             let now = task.descriptors.iter().find(|d| d.fd == target.fd);
             let right = now.is_some_and(|d| d.description == target.description);
+            if let (None, false) = (numbers, right) {
+                return Err(Error::Unfit {
+                    what: format!("{}: {purpose}", task.title()),
+                    why: "that number has another file by now, and what it had is a file of /proc".into(),
+                    remedy: "dump it again with the file closed".into(),
+                });
+            }
+            let (spare, source) =
+                numbers.map_or((0, Value::Number(0)), |n| (n.spare, n.source(target.description)));
             let aside = (!right && now.is_some()).then(|| {
-                let args = [Value::from(target.fd), libc::F_DUPFD_CLOEXEC.into(), numbers.spare.into()];
+                let args = [Value::from(target.fd), libc::F_DUPFD_CLOEXEC.into(), spare.into()];
                 script.call(purpose.clone(), libc::SYS_fcntl, &args)
             });
             if !right {
-                let source = numbers.source(target.description);
                 call!(script, purpose.clone(), libc::SYS_dup3, source, target.fd, libc::O_CLOEXEC);
             }
             call!(script, purpose.clone(), libc::SYS_epoll_ctl, *set, libc::EPOLL_CTL_ADD, target.fd, event);
@@ -72,4 +90,5 @@ pub(crate) fn plan(script: &mut Script, image: &Image, index: usize, numbers: &N
             }
         }
     }
+    Ok(())
 }

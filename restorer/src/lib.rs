@@ -32,6 +32,7 @@ mod inode;
 mod inotify;
 mod ip;
 mod kept;
+mod late;
 mod lineage;
 mod lock;
 mod made;

@@ -1,11 +1,19 @@
 //! Planning POSIX locks: they belong to the process, so it takes them itself.
 
+use torpor_image::Image;
 use torpor_image::task::Task;
 use torpor_parasite::call;
 use torpor_parasite::script::Script;
 
-pub(crate) fn plan(script: &mut Script, task: &Task) {
+use crate::description;
+
+/// `late`: those on descriptions that are in place when the threads are there, else the others.
+pub(crate) fn plan(script: &mut Script, image: &Image, task: &Task, late: bool) {
     for lock in &task.locks {
+        let descriptor = task.descriptors.iter().find(|d| d.fd == lock.fd);
+        if late != descriptor.is_some_and(|d| description::is_late(image, d.description)) {
+            continue;
+        }
         let flock = script.data(&flock(lock.exclusive, lock.start, lock.end));
         let purpose = format!("the lock on bytes {}.. of fd {}", lock.start, lock.fd);
         call!(script, purpose, libc::SYS_fcntl, lock.fd, libc::F_SETLK, flock);

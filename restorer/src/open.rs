@@ -32,6 +32,8 @@ pub(crate) struct Opener<'i> {
     pub(crate) tcp: Option<HashMap<u32, OwnedFd>>,
     /// TCP connections to the outside that say nothing until everything stands.
     pub(crate) silent: Vec<crate::kept::Silent<'i>>,
+    /// What can be made only when processes are there.
+    pub(crate) late: crate::late::Late,
     /// Unix sockets.
     pub(crate) unix: crate::unix::Made,
     /// Names of sockets that were made.
@@ -64,6 +66,7 @@ impl<'i> Opener<'i> {
             sysv: crate::sysv::Made::default(),
             tcp: None,
             silent: Vec::new(),
+            late: crate::late::Late::default(),
             unix: crate::unix::Made::default(),
             made: Vec::new(),
             aside: Vec::new(),
@@ -144,6 +147,7 @@ impl<'i> Opener<'i> {
         self.sysv.attached.clear();
         self.tcp = None;
         self.ptys.clear();
+        self.late = crate::late::Late::default();
         self.unix = crate::unix::Made::default();
     }
 

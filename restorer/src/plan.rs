@@ -25,8 +25,8 @@ use crate::host::Host;
 use crate::lineage::{Lineage, Origin, Role, Stage};
 use crate::vma::{Begin, Early};
 use crate::{
-    description, epoll, lock, memory, print, process_file, signal, sysv_sem, sysv_shm, task, terminal,
-    thread, timer, vma,
+    description, epoll, late, lock, memory, print, signal, sysv_sem, sysv_shm, task, terminal, thread, timer,
+    vma,
 };
 
 /// Bytes before the contexts, for the shared words.
@@ -408,10 +408,10 @@ fn plan_task(
     let mut script = Script::new();
     if shares.descriptors.is_none() {
         let numbers = description::plan(&mut script, planner, task);
-        epoll::plan(&mut script, image, index, &numbers);
+        epoll::plan(&mut script, image, index, Some(&numbers))?;
         description::close_others(&mut script, task);
-        description::owners(&mut script, planner, task);
-        lock::plan(&mut script, task);
+        description::owners(&mut script, planner, task, false);
+        lock::plan(&mut script, image, task, false);
     }
     sysv_sem::plan(&mut script, image, task);
     phase("descriptors", script);
@@ -428,7 +428,10 @@ fn plan_task(
     phase("threads", script);
 
     let mut script = Script::new();
-    process_file::plan(&mut script, image, task)?;
+    late::plan(&mut script, image, task);
+    epoll::plan(&mut script, image, index, None)?;
+    description::owners(&mut script, planner, task, true);
+    lock::plan(&mut script, image, task, true);
     task::attributes(&mut script, planner, task);
     signal::pending(&mut script, task.pid.0, &task.signals);
     timer::plan(&mut script, &task.timers, host);

@@ -18,6 +18,7 @@ use crate::arena::Arena;
 use crate::birth::{self, word};
 use crate::error::{Error, Result};
 use crate::host::Host;
+use crate::late::{self, Moment};
 use crate::open::Opener;
 use crate::plan::{Layout, Open, Plan, SHARED, TaskPlan, layout, plan};
 use crate::{directory, inode, mqueue, rules, sysv, terminal, unix};
@@ -178,7 +179,8 @@ impl Building<'_> {
         slots: unix::Slots<'_>,
     ) -> Result<()> {
         self.give_birth(plan, layout, arena)?;
-        unix::deliver_credentials(&mut self.opener, slots)?;
+        late::make(&mut self.opener, Moment::Birth)?;
+        unix::deliver_late(&mut self.opener, slots, Moment::Birth)?;
         let count = plan.tasks.first().map_or(0, |t| t.phases.len());
         for phase in 0..count {
             for task in 0..plan.tasks.len() {
@@ -196,6 +198,8 @@ impl Building<'_> {
                         self.trace(task.index, thread.tid.0)?;
                     }
                 }
+                late::make(&mut self.opener, Moment::Threads)?;
+                unix::deliver_late(&mut self.opener, slots, Moment::Threads)?;
                 arena.go(word::THREADS);
             } else if phase == after + 1 {
                 self.finish_threads(plan, layout, arena)?;

@@ -17,6 +17,7 @@ use torpor_image::header;
 use torpor_image::inode::{Inode, Source};
 use torpor_image::manifest::Manifest;
 use torpor_image::memory::{AddressSpace, MmFields};
+use torpor_image::pidfd::PidFd;
 use torpor_image::pipe::{Packet, Pipe, PipeEnd};
 use torpor_image::pty::{Pty, PtyEnd, Side, Slave, Stop};
 use torpor_image::rules::Rule;
@@ -275,18 +276,26 @@ fn descriptors_of_every_simple_kind() {
 }
 
 #[test]
-fn files_about_the_process_are_opened_by_itself() {
+fn files_about_the_process_take_over_from_what_kept_their_numbers() {
     let mut parts = parts();
     let maps = parts.inode(Source::Process { pid: Pid(100), rest: bytes("maps") }, 0);
     let maps = parts.describe(Kind::File(maps));
-    parts.descriptor(4, maps);
-    parts.descriptor(7, maps);
+    let pidfd = parts.describe(Kind::PidFd(PidFd { pid: Some(Pid(100)) }));
+    let target = EpollTarget { fd: 7, description: maps, events: 1, data: 77 };
+    let epoll = parts.describe(Kind::Epoll(Epoll { targets: vec![target] }));
+    for (fd, id) in [(4, maps), (5, pidfd), (7, maps), (8, epoll)] {
+        parts.descriptor(fd, id);
+    }
     let plan = planned(parts);
-    assert!(!plan.opens.contains(&Open::Description(maps)), "it was to be opened outside");
+    assert!(plan.opens.contains(&Open::Description(maps)));
     let script = |name: &str| &plan.tasks[0].phases.iter().find(|p| p.name == name).expect("a phase").script;
-    assert_eq!(calls(script("descriptors"), libc::SYS_dup3).count(), 0);
-    let numbers: Vec<_> = calls(script("state"), libc::SYS_dup3).map(|a| number(a[1])).collect();
-    assert_eq!((calls(script("state"), libc::SYS_openat).count(), numbers), (1, vec![Some(4), Some(7)]));
+    let numbers = |name| -> Vec<_> { calls(script(name), libc::SYS_dup3).map(|a| number(a[1])).collect() };
+    assert_eq!(numbers("descriptors"), [4, 5, 7, 8].map(Some));
+    assert_eq!(numbers("state"), [4, 7].map(Some));
+    let count = |name, nr| calls(script(name), nr).count();
+    // The pidfd is there before the threads are, the file is not, nor what watches it.
+    assert_eq!([count("descriptors", libc::SYS_recvmsg), count("state", libc::SYS_recvmsg)], [1, 1]);
+    assert_eq!([count("descriptors", libc::SYS_epoll_ctl), count("state", libc::SYS_epoll_ctl)], [0, 1]);
     assert!(plan.to_string().contains("fd 4, /proc/100/maps"), "{plan}");
 }
 
@@ -520,10 +529,18 @@ fn holds(image: &Image, plan: &Plan) {
     let mut made: BTreeMap<u64, DescriptionId> = BTreeMap::new();
     let mut aside: BTreeMap<u32, Option<DescriptionId>> = BTreeMap::new();
     let last = task.descriptors.last().map_or(-1, |d| i64::from(d.fd));
+    let mut received = None;
     for (i, step) in script("descriptors").steps().iter().enumerate() {
+        if step.nr == libc::SYS_recvmsg {
+            received = Some(step.args[0]);
+        }
         let duplicate = [libc::F_DUPFD, libc::F_DUPFD_CLOEXEC].map(|c| Some(c as u64));
         if step.nr == libc::SYS_fcntl && duplicate.contains(&number(step.args[1])) {
-            let id = match step.args[0] {
+            let source = match step.args[0] {
+                Value::Word(_) => received.take().expect("a message before"),
+                source => source,
+            };
+            let id = match source {
                 Value::Descriptor(slot) => match opens[slot as usize] {
                     Open::Description(id) => Some(id),
                     // The program file needs a number for a moment.
@@ -544,14 +561,8 @@ fn holds(image: &Image, plan: &Plan) {
             }
         }
     }
-    let outside =
-        |id: DescriptionId| !matches!(image.objects.descriptions[id.0 as usize].kind, Kind::PidFd(_));
-    let wanted: BTreeMap<u64, DescriptionId> = task
-        .descriptors
-        .iter()
-        .filter(|d| outside(d.description))
-        .map(|d| (d.fd as u64, d.description))
-        .collect();
+    let wanted: BTreeMap<u64, DescriptionId> =
+        task.descriptors.iter().map(|d| (d.fd as u64, d.description)).collect();
     made.retain(|fd, _| wanted.contains_key(fd));
     assert_eq!(made, wanted);
     // Nothing is mapped over the executor, which lies apart from all that is there.

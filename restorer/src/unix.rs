@@ -21,12 +21,13 @@ use torpor_image::description::Kind;
 use torpor_image::unix::UnixSocket;
 
 use crate::error::{Error, Result};
+use crate::late::Moment;
 use crate::open::Opener;
 use crate::pipe::io;
 use crate::socket;
 use place::{Hidden, Place};
 
-pub(crate) use queue::{Slots, deliver_all, deliver_credentials};
+pub(crate) use queue::{Slots, deliver_all, deliver_late};
 
 /// The sockets of an image, while they are being made.
 #[derive(Debug, Default)]
@@ -40,8 +41,8 @@ pub(crate) struct Made {
     places: HashMap<u32, Place>,
     /// Those that have their peer already.
     connected: HashSet<u32>,
-    /// Those whose queue waits for processes to be born.
-    late: Vec<u32>,
+    /// Those whose queue waits for processes or their threads.
+    late: Vec<(u32, Moment)>,
     /// Files of sockets whose names were gone.
     unlink: Vec<PathBuf>,
     hidden: Hidden,

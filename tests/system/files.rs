@@ -30,7 +30,6 @@ pub(crate) fn trials() -> Vec<Trial> {
         "rules that cannot be understood" => bad_rules,
         "a name in another directory is refused" => linked,
         "a file of /proc about another process is refused" => || refused("other", &["/proc/1/status", "not part of the dump"]),
-        "a file of /proc about a process that two share is refused" => || refused("inherited", &["/status", "share it"]),
     ]
 }
 

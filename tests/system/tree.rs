@@ -13,6 +13,7 @@ const PLAIN: &[(&str, &str)] = &[
     ("cow", "memory shared copy-on-write"),
     ("shared", "memory shared on purpose, and locks in it"),
     ("handed", "open files, pipes, epoll sets and locks of several processes"),
+    ("common", "pidfds and files of /proc that several have"),
     ("forker", "a tree that never holds still"),
 ];
 
@@ -27,6 +28,9 @@ pub(crate) fn trials() -> Vec<Trial> {
         Trial::test("tree: shared pages are stored once and shared again", || Ok(once()?)),
         Trial::test("tree: a thread that waits for a vfork child is refused by name", || Ok(vfork()?)),
         Trial::test("tree: a taken pid below the root leaves nothing behind", || Ok(taken()?)),
+        Trial::test("tree: pidfds and files of /proc in flight in a stream", || {
+            Ok(Victim::start("common", &["stream"])?.cycles(4)?)
+        }),
         Trial::test("tree: show and check tell of it", || Ok(tools()?)),
     ]);
     trials

@@ -2,8 +2,7 @@
  * Names must lead to what is open and mapped, with modes and contents, whoever wiped or changed them meanwhile.
  * argv[4] is what it has besides: "given", a file that was there before; "linked", one with a name elsewhere only;
  * "large", one that no spare copy is taken of; "other", one of /proc about a process that is not dumped;
- * "pair", a child with which it shares a page of a file that neither has open;
- * "inherited", a file of /proc about itself that a child has, too. */
+ * "pair", a child with which it shares a page of a file that neither has open. */
 #include "check.h"
 #define SIZE 65536
 static const char *memory;
@@ -58,7 +57,6 @@ int main(int argc, char **argv) {
     int given = -1; if (!strcmp(what, "given")) { given = open(in_dir("given"), O_RDONLY | O_CLOEXEC); CHECK(given >= 0); }
     if (!strcmp(what, "large")) { int fd = make(in_dir("large"), O_RDWR, 0600); CHECK(!posix_fallocate(fd, 0, 300 << 20)); map(300 << 20, PROT_READ, MAP_SHARED, fd, 0); close(fd); }
     if (!strcmp(what, "other")) CHECK(open("/proc/1/status", O_RDONLY | O_CLOEXEC) >= 0);
-    if (!strcmp(what, "inherited")) { CHECK(open("/proc/self/status", O_RDONLY) >= 0); pid_t pid = fork(); CHECK(pid >= 0); if (!pid) { prctl(PR_SET_PDEATHSIG, SIGKILL); for (;;) pause(); } }
     if (!strcmp(what, "linked")) { int fd = make(in_dir("here"), O_RDWR, 0600); CHECK(!link(in_dir("here"), in_dir("run/there"))); CHECK(!unlink(in_dir("here"))); (void)fd; }
     volatile uint64_t *word = 0;
     if (!strcmp(what, "pair")) { int fd = make(in_memory("pair"), O_RDWR, 0600); CHECK(!ftruncate(fd, 4096)); close(fd); pid_t pid = fork(); CHECK(pid >= 0); if (!pid) child(); dprintf(out, "child %d\n", pid); word = pair(); }

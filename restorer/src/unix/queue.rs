@@ -18,6 +18,7 @@ use torpor_image::{Bytes, DescriptionId};
 use super::place::Place;
 use super::{all as sockets, creator, make, name, settle, title};
 use crate::error::{Error, Result};
+use crate::late::{self, Moment};
 use crate::open::Opener;
 use crate::socket;
 
@@ -27,7 +28,7 @@ const AMPLE: i32 = 64 << 20;
 /// Where descriptions are that were made.
 pub(crate) type Slots<'s> = &'s (dyn Fn(DescriptionId) -> Option<BorrowedFd<'s>> + 's);
 
-/// Fills the queues of all sockets but those that wait for processes to be born. Every description exists.
+/// Fills the queues of all sockets but those that wait for processes or their threads. Every description exists.
 pub(crate) fn deliver_all(opener: &mut Opener<'_>, slots: Slots<'_>) -> Result<()> {
     let all = sockets(opener.image);
     let tasks: Vec<i32> = opener.image.tasks.iter().map(|t| t.pid.0).collect();
@@ -36,26 +37,30 @@ pub(crate) fn deliver_all(opener: &mut Opener<'_>, slots: Slots<'_>) -> Result<(
             continue;
         }
         let from_task = |a: &Attached| a.credentials.is_some_and(|c| tasks.contains(&c.pid));
-        if unix.attached.iter().any(from_task) {
-            opener.unix.late.push(unix.number);
-        } else {
-            fill(opener, slots, unix)?;
+        let credentials = unix.attached.iter().any(from_task).then_some(Moment::Birth);
+        let rights = unix.attached.iter().flat_map(|a| &a.rights);
+        let rights = rights.filter_map(|id| late::moment(opener.image, *id)).max();
+        match credentials.max(rights) {
+            Some(moment) => opener.unix.late.push((unix.number, moment)),
+            None => fill(opener, slots, unix)?,
         }
     }
     if opener.unix.late.is_empty() { finish(opener, &all) } else { Ok(()) }
 }
 
-/// Fills the queues that [`deliver_all`] left: every process of the image exists, and none runs yet.
-pub(crate) fn deliver_credentials(opener: &mut Opener<'_>, slots: Slots<'_>) -> Result<()> {
-    let late = std::mem::take(&mut opener.unix.late);
-    if late.is_empty() {
+/// Fills queues that [`deliver_all`] left until this moment.
+pub(crate) fn deliver_late(opener: &mut Opener<'_>, slots: Slots<'_>, now: Moment) -> Result<()> {
+    let (due, rest): (Vec<_>, Vec<_>) =
+        std::mem::take(&mut opener.unix.late).into_iter().partition(|(_, moment)| *moment == now);
+    opener.unix.late = rest;
+    if due.is_empty() {
         return Ok(());
     }
     let all = sockets(opener.image);
-    for unix in all.iter().filter(|s| late.contains(&s.number)) {
+    for unix in all.iter().filter(|s| due.iter().any(|(number, _)| *number == s.number)) {
         fill(opener, slots, unix)?;
     }
-    finish(opener, &all)
+    if opener.unix.late.is_empty() { finish(opener, &all) } else { Ok(()) }
 }
 
 /// Connects datagram sockets, closes what stood in for peers that are gone, and sets what comes last.
@@ -88,17 +93,16 @@ fn fill(opener: &mut Opener<'_>, slots: Slots<'_>, unix: &UnixSocket) -> Result<
     let what = title(opener, unix);
     for (index, data) in unix.queue.iter().enumerate() {
         let attached = unix.attached_to(index);
-        let rights: Vec<RawFd> = attached
-            .iter()
-            .flat_map(|a| &a.rights)
-            .map(|id| {
-                slots(*id).map(|fd| fd.as_raw_fd()).ok_or_else(|| Error::Open {
-                    what: what.clone(),
-                    call: "sendmsg",
-                    errno: Errno::EBADF,
+        let rights: Vec<RawFd> =
+            attached
+                .iter()
+                .flat_map(|a| &a.rights)
+                .map(|id| {
+                    opener.late.get(*id).or_else(|| slots(*id)).map(|fd| fd.as_raw_fd()).ok_or_else(|| {
+                        Error::Open { what: what.clone(), call: "sendmsg", errno: Errno::EBADF }
+                    })
                 })
-            })
-            .collect::<Result<_>>()?;
+                .collect::<Result<_>>()?;
         let (from, to) = sender(opener, &what, unix, attached.and_then(|a| a.from.as_ref()))?;
         let credentials = attached.and_then(|a| a.credentials).filter(|c| c.pid != 0);
         let flags = if attached.is_some_and(|a| a.urgent) { libc::MSG_OOB } else { 0 };
