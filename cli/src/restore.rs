@@ -44,6 +44,9 @@ pub(crate) fn run(args: &RestoreArgs) -> anyhow::Result<Exit> {
     let add = |bytes| progress.add(bytes);
     let prepared = torpor_restorer::prepare(&image, &plan, Some(&add))?;
     progress.finish();
+    for note in prepared.notes() {
+        output::note(note);
+    }
     if args.detach { detach(args, prepared) } else { attach(args, prepared, &terminal) }
 }
 

@@ -32,6 +32,8 @@ pub(crate) struct Opener<'i> {
     pub(crate) tcp: Option<HashMap<u32, OwnedFd>>,
     /// TCP connections to the outside that say nothing until everything stands.
     pub(crate) silent: Vec<crate::kept::Silent<'i>>,
+    /// What has come about differently, in words.
+    pub(crate) notes: Vec<String>,
     /// What can be made only when processes are there.
     pub(crate) late: crate::late::Late,
     /// Unix sockets.
@@ -66,6 +68,7 @@ impl<'i> Opener<'i> {
             sysv: crate::sysv::Made::default(),
             tcp: None,
             silent: Vec::new(),
+            notes: Vec::new(),
             late: crate::late::Late::default(),
             unix: crate::unix::Made::default(),
             made: Vec::new(),
@@ -137,6 +140,13 @@ impl<'i> Opener<'i> {
             }
         }
         detail
+    }
+
+    /// Says, once, what has come about differently than planned.
+    pub(crate) fn note(&mut self, note: String) {
+        if !self.notes.contains(&note) {
+            self.notes.push(note);
+        }
     }
 
     /// Closes what the tasks have descriptors of their own for.

@@ -114,6 +114,11 @@ impl Prepared<'_> {
         terminal::in_front(self.building.image).map(|group| group.0)
     }
 
+    /// What differs from the dump besides the notes of the plan, in words: what showed only when it was made.
+    pub fn notes(&self) -> &[String] {
+        &self.building.opener.notes
+    }
+
     /// Lets the tree run, or leaves it stopped as by SIGSTOP.
     pub fn resume(mut self, stopped: bool) -> Running {
         let pid = self.pid();

@@ -470,6 +470,11 @@ impl Victim {
         Ok(())
     }
 
+    /// It was restored by other means than [`Victim::restore`].
+    pub fn restored(&mut self) {
+        self.alive = true;
+    }
+
     /// Ends it.
     pub fn kill(&mut self) {
         if !self.alive {
@@ -512,6 +517,42 @@ impl Drop for Victim {
         if std::env::var_os("KEEP").is_some() {
             self.dir.disable_cleanup(true);
             eprintln!("kept: {}", self.dir.path().display());
+        }
+    }
+}
+
+/// A process that only has a pid. Dropped, it is gone.
+pub struct Holder {
+    pid: i32,
+}
+
+impl Holder {
+    /// One of this pid, which must be free.
+    pub fn of(pid: i32) -> Outcome<Holder> {
+        let set = [pid];
+        let mut args = [0u64; 11];
+        args[4] = libc::SIGCHLD as u64;
+        args[8] = set.as_ptr() as u64;
+        args[9] = 1;
+        // SAFETY: clone3 reads `struct clone_args`; the child only waits to be killed.
+        let made = unsafe { libc::syscall(libc::SYS_clone3, args.as_ptr(), 80) };
+        if made == 0 {
+            loop {
+                // SAFETY: pause takes nothing.
+                unsafe { libc::pause() };
+            }
+        }
+        ensure!(made == i64::from(pid), "clone3 gives {made}");
+        Ok(Holder { pid })
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        // SAFETY: kill and waitpid take numbers; the process is a child of ours.
+        unsafe {
+            libc::kill(self.pid, libc::SIGKILL);
+            libc::waitpid(self.pid, std::ptr::null_mut(), 0);
         }
     }
 }

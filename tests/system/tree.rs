@@ -2,7 +2,7 @@
 
 use libtest_mimic::Trial;
 use torpor_image::Image;
-use torpor_tests::{Outcome, Victim, ensure, members, run_torpor};
+use torpor_tests::{Holder, Outcome, Victim, ensure, members, run_torpor};
 
 /// Victims that need no more than two rounds of dump and restore: name, what it is about.
 const PLAIN: &[(&str, &str)] = &[
@@ -88,21 +88,7 @@ fn taken() -> Outcome {
     let pids: Vec<i32> =
         Image::open(&image).map_err(|e| e.to_string())?.manifest.tasks.iter().map(|p| p.0).collect();
     let last = *pids.last().ok_or("no process")?;
-    // Somebody has the last pid by now.
-    let set = [last];
-    let mut args = [0u64; 11];
-    args[4] = libc::SIGCHLD as u64;
-    args[8] = set.as_ptr() as u64;
-    args[9] = 1;
-    // SAFETY: clone3 reads `struct clone_args`; the child only waits to be killed.
-    let holder = unsafe { libc::syscall(libc::SYS_clone3, args.as_ptr(), 80) };
-    if holder == 0 {
-        loop {
-            // SAFETY: pause takes nothing.
-            unsafe { libc::pause() };
-        }
-    }
-    ensure!(holder == i64::from(last), "clone3 gives {holder}");
+    let holder = Holder::of(last)?;
     let path = image.to_str().ok_or("a path")?;
     let said = run_torpor(&["restore", "--detach", path])?;
     let left: Vec<i32> = pids
@@ -110,18 +96,14 @@ fn taken() -> Outcome {
         .copied()
         .filter(|pid| *pid != last && torpor_tests::state(*pid).is_some_and(|s| s != 'Z'))
         .collect();
-    // SAFETY: kill and waitpid take numbers; the process is a child of ours.
-    unsafe {
-        libc::kill(last, libc::SIGKILL);
-        libc::waitpid(last, std::ptr::null_mut(), 0);
-    }
+    drop(holder);
     // What was made for the restore has become a child of ours, stand-ins for leaders too.
     let opened = Image::open(&image).map_err(|e| e.to_string())?;
     let ids = opened.tasks.iter().flat_map(|t| [t.pid, t.sid, t.pgid]);
     let zombies = opened.manifest.zombies.iter().map(|z| z.pid);
     for pid in &ids.chain(zombies).map(|p| p.0).collect::<std::collections::BTreeSet<_>>() {
         for _ in 0..1000 {
-            // SAFETY: as above.
+            // SAFETY: no status is asked for.
             unsafe { libc::waitpid(*pid, std::ptr::null_mut(), libc::WNOHANG | libc::__WALL) };
             if torpor_tests::state(*pid).is_none() {
                 break;

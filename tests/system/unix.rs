@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use libtest_mimic::Trial;
-use torpor_tests::{Outcome, Victim, ensure, run_torpor, torpor_command};
+use torpor_tests::{Holder, Outcome, Victim, ensure, run_torpor, torpor_command};
 
 const REFUSED: i32 = 5;
 const CONFLICT: i32 = 8;
@@ -19,6 +19,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         Trial::test("unix: datagrams from outside keep their sender", || Ok(senders()?)),
         Trial::test("unix: a connection is accepted before the freeze", || Ok(accepted()?)),
         Trial::test("unix: a connection with data that is never accepted", || Ok(never_accepted()?)),
+        Trial::test("unix: a creator whose pid is taken is named", || Ok(creator()?)),
         Trial::test("unix: peeking does not outlive torpor", || Ok(killed()?)),
     ]
 }
@@ -127,7 +128,7 @@ fn reconnected() -> Outcome {
         let image = victim.dump_with(&["--external-unix", "reconnect"])?;
         victim.reap()?;
         outside.close();
-        let said = run_torpor(&["restore", "--detach", image.to_str().ok_or("a path")?])?;
+        let said = run_torpor(&["restore", "--detach", "--accept-changed", image.to_str().ok_or("a path")?])?;
         let text = said.expect(CONFLICT)?;
         ensure!(text.contains("/stream"), "it does not name the address: {text}");
         outside.open()?;
@@ -234,4 +235,35 @@ fn killed() -> Outcome {
         let _partly = std::fs::remove_dir_all(image);
     }
     victim.cycles(5)
+}
+
+fn creator() -> Outcome {
+    let mut victim = Victim::start("creator", &[])?;
+    let log = |victim: &Victim| std::fs::read_to_string(victim.log()).unwrap_or_default();
+    let pid: i32 = log(&victim)
+        .lines()
+        .find_map(|l| l.strip_prefix("creator ")?.parse().ok())
+        .ok_or("the victim names no creator")?;
+    let image = victim.dump()?;
+    let restore = |image: &std::path::Path| {
+        run_torpor(&["restore", "--detach", "--accept-changed", image.to_str().ok_or("a path")?])?.expect(0)
+    };
+    let holder = Holder::of(pid)?;
+    let said = restore(&image)?;
+    victim.restored();
+    for word in ["note", "SO_PEERCRED", &format!("pid {pid}, which is taken by `")] {
+        ensure!(said.contains(word), "it does not say {word}: {said}");
+    }
+    victim.ticks(2)?;
+    ensure!(log(&victim).contains("another"), "SO_PEERCRED tells of pid {pid}, which is somebody else");
+    victim.kill();
+    drop(holder);
+    let others = |victim: &Victim| log(victim).matches("another").count();
+    let before = others(&victim);
+    let said = restore(&image)?;
+    ensure!(!said.contains("SO_PEERCRED"), "it says: {said}");
+    victim.restored();
+    victim.ticks(2)?;
+    ensure!(others(&victim) == before, "SO_PEERCRED tells of somebody else than pid {pid}");
+    Ok(())
 }

@@ -11,8 +11,10 @@ use std::sync::atomic::{AtomicI32, Ordering};
 
 use nix::errno::Errno;
 use torpor_image::unix::PeerCredentials;
+use torpor_kernel::process;
 
 use super::place::Place;
+use crate::open::Opener;
 
 /// `struct clone_args` up to `set_tid_size`.
 const CLONE_ARGS: usize = 80;
@@ -22,17 +24,37 @@ const KEEP_CAPABILITIES: u64 = 1 << 2;
 /// Something to be called in another process: it must not allocate, lock or panic.
 pub(crate) type Call<'c> = &'c (dyn Fn() -> nix::Result<()> + Sync);
 
-/// Makes a call at a place, as another process if it matters which one does.
-pub(crate) fn call(creator: Option<&PeerCredentials>, place: &Place, call: Call<'_>) -> nix::Result<()> {
-    let Some(creator) = creator else { return place.run(call) };
+/// Makes a call for `what` at a place, as another process if it matters which one does.
+pub(crate) fn call_for(
+    opener: &mut Opener<'_>,
+    what: &str,
+    creator: Option<&PeerCredentials>,
+    place: &Place,
+    call: Call<'_>,
+) -> nix::Result<()> {
+    let as_wanted = self::call(creator, place, call)?;
+    // A task whose pid is taken cannot be restored at all, and says so.
+    let task = |pid| opener.image.tasks.iter().any(|t| t.pid.0 == pid);
+    if let Some(PeerCredentials { pid, .. }) = creator.filter(|c| !as_wanted && !task(c.pid)) {
+        let by = process::who_holds(*pid).map_or_else(String::new, |name| format!(" by `{name}`"));
+        opener.note(format!(
+            "{what}: SO_PEERCRED tells another process that has ended than pid {pid}, which is taken{by}"
+        ));
+    }
+    Ok(())
+}
+
+/// The same. False if it was made under another pid than that of its creator.
+fn call(creator: Option<&PeerCredentials>, place: &Place, call: Call<'_>) -> nix::Result<bool> {
+    let Some(creator) = creator else { return place.run(call).map(|()| true) };
     let result = Words::new()?;
     // One that was killed has done nothing that counts.
     result.set(0, libc::ECHILD);
-    let pid = match spawn(Some(creator.pid)) {
+    let (pid, as_wanted) = match spawn(Some(creator.pid)) {
         // Somebody else has the pid by now, or may not be asked for: the rest is still right.
-        Err(Errno::EEXIST | Errno::EPERM | Errno::EINVAL) => spawn(None),
-        made => made,
-    }?;
+        Err(Errno::EEXIST | Errno::EPERM | Errno::EINVAL) => (spawn(None)?, false),
+        made => (made?, true),
+    };
     if pid == 0 {
         let done = place.enter().and_then(|()| {
             become_(creator);
@@ -43,7 +65,7 @@ pub(crate) fn call(creator: Option<&PeerCredentials>, place: &Place, call: Call<
     }
     reap(pid);
     match result.get(0) {
-        0 => Ok(()),
+        0 => Ok(as_wanted),
         errno => Err(Errno::from_raw(errno)),
     }
 }
@@ -150,7 +172,7 @@ mod tests {
     fn a_call_fails_with_its_own_error() {
         let nobody = PeerCredentials { pid: i32::MAX, uid: 0, gid: 0, groups: Vec::new() };
         for creator in [None, Some(&nobody)] {
-            assert_eq!(call(creator, &Place::Here, &|| Ok(())), Ok(()));
+            assert_eq!(call(creator, &Place::Here, &|| Ok(())), Ok(creator.is_none()));
             assert_eq!(call(creator, &Place::Here, &|| Err(Errno::EDOM)), Err(Errno::EDOM));
         }
     }

@@ -100,16 +100,22 @@ fn peer_of<'i>(opener: &Opener<'i>, what: &str, peer: u32) -> Result<&'i UnixSoc
 fn listen(opener: &mut Opener<'_>, what: &str, unix: &UnixSocket, backlog: u32) -> Result<()> {
     let fd = new(what, unix.kind)?;
     name::bind(opener, what, &fd, unix, true)?;
-    listen_on(what, &fd, backlog as i32, unix.peer_credentials.as_ref())?;
+    listen_on(opener, what, &fd, backlog as i32, unix.peer_credentials.as_ref())?;
     opener.unix.insert(unix.number, fd);
     Ok(())
 }
 
-fn listen_on(what: &str, fd: &OwnedFd, backlog: i32, creator: Option<&PeerCredentials>) -> Result<()> {
+fn listen_on(
+    opener: &mut Opener<'_>,
+    what: &str,
+    fd: &OwnedFd,
+    backlog: i32,
+    creator: Option<&PeerCredentials>,
+) -> Result<()> {
     let raw = fd.as_raw_fd();
     // SAFETY: listen takes numbers only.
     let call = || unsafe { Errno::result(libc::listen(raw, backlog)).map(drop) };
-    creator::call(creator, &Place::Here, &call).map_err(Error::open(what, "listen"))
+    creator::call_for(opener, what, creator, &Place::Here, &call).map_err(Error::open(what, "listen"))
 }
 
 /// A connection: the two ends.
@@ -126,7 +132,7 @@ fn connection(
         (Some(_), _) => true,
         (None, Some(_)) => false,
         (None, None) if one.name.is_none() && other.name.is_none() => {
-            return pair(what, kind, one.credentials.or(other.credentials));
+            return pair(opener, what, kind, one.credentials.or(other.credentials));
         }
         (None, None) => one.name.is_some(),
     };
@@ -146,7 +152,7 @@ fn through(
     client: End<'_>,
     server: End<'_>,
 ) -> Result<(OwnedFd, OwnedFd)> {
-    let Some(name) = server.name else { return pair(what, kind, server.credentials) };
+    let Some(name) = server.name else { return pair(opener, what, kind, server.credentials) };
     let fd = new(what, kind)?;
     match client.unix {
         Some(unix) => name::bind(opener, what, &fd, unix, false)?,
@@ -161,11 +167,12 @@ fn through(
             let listener = new(what, kind)?;
             let (file, number) = server.unix.map_or((None, 0), |u| (u.file.as_ref(), u.number));
             let place = name::bind_hidden(opener, what, &listener, name, file, number)?;
-            listen_on(what, &listener, AMPLE, client.credentials)?;
+            listen_on(opener, what, &listener, AMPLE, client.credentials)?;
             (place, listener)
         }
     };
-    name::connect(&fd, &at, &place, server.credentials).map_err(Error::open(what, "connect"))?;
+    name::connect(opener, what, (&fd, &at, &place), server.credentials)
+        .map_err(Error::open(what, "connect"))?;
     // SAFETY: accept4 may be given no address.
     let accepted = unsafe {
         libc::accept4(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC)
@@ -188,7 +195,12 @@ pub(super) fn bind_ghost(
     }
 }
 
-pub(super) fn pair(what: &str, kind: i32, creator: Option<&PeerCredentials>) -> Result<(OwnedFd, OwnedFd)> {
+pub(super) fn pair(
+    opener: &mut Opener<'_>,
+    what: &str,
+    kind: i32,
+    creator: Option<&PeerCredentials>,
+) -> Result<(OwnedFd, OwnedFd)> {
     let made = creator::Words::new().map_err(Error::open(what, "mmap"))?;
     let call = || {
         let mut fds = [-1i32; 2];
@@ -200,7 +212,7 @@ pub(super) fn pair(what: &str, kind: i32, creator: Option<&PeerCredentials>) -> 
         made.set(1, fds[1]);
         Ok(())
     };
-    creator::call(creator, &Place::Here, &call).map_err(Error::open(what, "socketpair"))?;
+    creator::call_for(opener, what, creator, &Place::Here, &call).map_err(Error::open(what, "socketpair"))?;
     Ok((owned(what, "socketpair", made.get(0))?, owned(what, "socketpair", made.get(1))?))
 }
 
@@ -252,7 +264,7 @@ fn waiting(opener: &mut Opener<'_>, listener: &UnixSocket, all: &[&UnixSocket]) 
             unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONBIO, &raw mut on) };
         };
         nonblocking(1);
-        let connected = name::connect(&fd, &at, &place, creator.as_ref());
+        let connected = name::connect(opener, &what, (&fd, &at, &place), creator.as_ref());
         nonblocking(0);
         match connected {
             Ok(()) => {}
@@ -294,7 +306,7 @@ fn holder_of(opener: &Opener<'_>, number: u32) -> Option<PeerCredentials> {
 pub(super) fn reconnect(what: &str, fd: &OwnedFd, unix: &UnixSocket) -> Result<()> {
     let Some(name) = &unix.peer_name else { return Err(refused(what)) };
     let at = name::address(what, name)?;
-    name::connect(fd, &at, &Place::Here, None).map_err(|errno| Error::Conflict {
+    name::try_connect(fd, &at, &Place::Here).map_err(|errno| Error::Conflict {
         what: what.to_owned(),
         why: format!("it cannot be connected anew to `{}`: {errno}", UnixSocket::title(name)),
         remedy: "start the program that listens there".into(),
@@ -322,7 +334,7 @@ fn datagrams(opener: &mut Opener<'_>, all: &[&UnixSocket]) -> Result<()> {
         };
         match (unix.state, peer.filter(unnamed)) {
             (_, Some(peer)) => {
-                let (fd, peer_fd) = pair(&what, unix.kind, unix.peer_credentials.as_ref())?;
+                let (fd, peer_fd) = pair(opener, &what, unix.kind, unix.peer_credentials.as_ref())?;
                 name::bind(opener, &what, &fd, unix, true)?;
                 name::bind(opener, &what, &peer_fd, peer, true)?;
                 opener.unix.connected.insert(unix.number);
@@ -335,7 +347,7 @@ fn datagrams(opener: &mut Opener<'_>, all: &[&UnixSocket]) -> Result<()> {
                 opener.unix.insert(peer.number, peer_fd);
             }
             (State::Orphaned, _) if unix.peer_name.is_none() => {
-                let (fd, ghost) = pair(&what, unix.kind, unix.peer_credentials.as_ref())?;
+                let (fd, ghost) = pair(opener, &what, unix.kind, unix.peer_credentials.as_ref())?;
                 name::bind(opener, &what, &fd, unix, true)?;
                 opener.unix.connected.insert(unix.number);
                 opener.unix.insert(unix.number, fd);

@@ -124,15 +124,22 @@ fn try_bind(fd: &OwnedFd, at: &UnixAddr, place: &Place) -> nix::Result<()> {
 
 /// Connects to an address, as the process that is told to the other end.
 pub(super) fn connect(
-    fd: &OwnedFd,
-    at: &UnixAddr,
-    place: &Place,
+    opener: &mut Opener<'_>,
+    what: &str,
+    (fd, at, place): (&OwnedFd, &UnixAddr, &Place),
     creator: Option<&PeerCredentials>,
 ) -> nix::Result<()> {
-    creator::call(creator, place, &|| {
-        // SAFETY: a socket address with its length.
-        unsafe { Errno::result(libc::connect(fd.as_raw_fd(), at.as_ptr().cast(), at.len())).map(drop) }
-    })
+    creator::call_for(opener, what, creator, place, &|| call_connect(fd, at))
+}
+
+/// The same, where nobody is told.
+pub(super) fn try_connect(fd: &OwnedFd, at: &UnixAddr, place: &Place) -> nix::Result<()> {
+    place.run(&|| call_connect(fd, at))
+}
+
+fn call_connect(fd: &OwnedFd, at: &UnixAddr) -> nix::Result<()> {
+    // SAFETY: a socket address with its length.
+    unsafe { Errno::result(libc::connect(fd.as_raw_fd(), at.as_ptr().cast(), at.len())).map(drop) }
 }
 
 /// Where the name of a socket leads to its file.

@@ -355,7 +355,7 @@ fn connect_datagrams(opener: &mut Opener<'_>, all: &[&UnixSocket]) -> Result<()>
                 (name::address(&what, gone)?, place)
             }
         };
-        name::connect(&fd, &at, &place, None).map_err(Error::open(&what, "connect"))?;
+        name::try_connect(&fd, &at, &place).map_err(Error::open(&what, "connect"))?;
     }
     Ok(())
 }
