@@ -2,7 +2,8 @@
 //!
 //! Their messages can be seen only by receiving them, which `torpor_kernel::mqueue::peek` does and undoes. That must
 //! not be seen by anyone: neither by a process outside of the dump nor by one that waits to be notified of the next
-//! message to an empty queue (mq_notify(3)), so both are refused.
+//! message to an empty queue (mq_notify(3)), so both are refused. The latter would have to be told a value, too, which the
+//! kernel shows to nobody; only who asked not to be told (`SIGEV_NONE`) may ask again, of a queue that is empty.
 
 use nix::fcntl::OFlag;
 use torpor_image::MqueueId;
@@ -48,17 +49,23 @@ pub(crate) fn collect(collector: &mut Collector, found: &Found) -> Result<Option
     };
     let status = mqueue::status(&fd).map_err(doing("reading"))?;
     let attributes = mqueue::attributes(&fd).map_err(doing("reading"))?;
-    if let Some((pid, _)) = status.notify {
+    if let Some((pid, how)) = status.notify {
         let name = freeze::name_of(pid);
-        collector.refuse(
-            title,
-            format!(
-                "pid {pid} ({name}) waits to be notified of its next message (mq_notify), and the kernel does \
-                 not tell with which value"
-            ),
-            "let the program take that back before the dump (mq_notify with a null pointer)",
-        );
-        return Ok(None);
+        let why = match how {
+            // Nothing is told, so nothing is lost; putting messages back would count as the next one.
+            libc::SIGEV_NONE if !collector.is_member(pid) => "which is not part of the dump",
+            libc::SIGEV_NONE if status.bytes > 0 => "and messages are in it, which cannot be looked at then",
+            libc::SIGEV_NONE => "",
+            _ => "and the kernel does not tell with which value",
+        };
+        if !why.is_empty() {
+            collector.refuse(
+                title,
+                format!("pid {pid} ({name}) waits to be notified of its next message (mq_notify), {why}"),
+                "let the program take that back before the dump (mq_notify with a null pointer)",
+            );
+            return Ok(None);
+        }
     }
     let messages = if collector.live { Vec::new() } else { mqueue::peek(&fd).map_err(doing("reading"))? };
     let path = without_deleted(&found.link);
@@ -76,6 +83,7 @@ pub(crate) fn collect(collector: &mut Collector, found: &Found) -> Result<Option
             .into_iter()
             .map(|(priority, text)| MqueueMessage { priority, text: text.into() })
             .collect(),
+        asked: status.notify.map(|(pid, _)| torpor_image::Pid(pid)),
     });
     collector.mqueues.push(Known { key, id, title });
     Ok(Some(Kind::Mqueue(id)))

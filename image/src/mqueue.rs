@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::Bytes;
+use crate::{Bytes, Pid};
 
 /// A queue, which several descriptions may be open on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +23,9 @@ pub struct Mqueue {
     pub message_size: u64,
     /// The messages in it, in the order in which they are received.
     pub messages: Vec<MqueueMessage>,
+    /// The process that has asked to be notified of the next message without being told (mq_notify(3), `SIGEV_NONE`).
+    #[serde(default)]
+    pub asked: Option<Pid>,
 }
 
 /// A message.

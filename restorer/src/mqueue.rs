@@ -7,9 +7,13 @@ use std::ffi::CString;
 use std::os::fd::OwnedFd;
 
 use nix::errno::Errno;
-use torpor_image::MqueueId;
+use torpor_image::description::Kind;
 use torpor_image::mqueue::Mqueue;
+use torpor_image::task::{Descriptor, Task};
+use torpor_image::{Image, MqueueId};
 use torpor_kernel::mqueue;
+use torpor_parasite::call;
+use torpor_parasite::script::Script;
 
 use crate::description::owned;
 use crate::error::{Error, Result};
@@ -144,6 +148,11 @@ pub(crate) fn settle(opener: &mut Opener<'_>) -> Result<()> {
         }
         let queue = &opener.image.objects.mqueues[found.id.0 as usize];
         let what = format!("message queue `{}`", queue.name);
+        // Who has asked for the next message would get one that is put back. (What is taken out nobody is told.)
+        if queue.asked.is_some() {
+            mqueue::drain(&found.fd).map_err(Error::kernel(what.as_str()))?;
+            continue;
+        }
         let now = mqueue::peek(&found.fd).map_err(Error::kernel(what.as_str()))?;
         let wanted = queue.messages.iter().map(|m| (m.priority, &*m.text));
         if now.iter().map(|(p, t)| (*p, t.as_slice())).eq(wanted) {
@@ -153,4 +162,35 @@ pub(crate) fn settle(opener: &mut Opener<'_>) -> Result<()> {
         fill(&what, &found.fd, queue)?;
     }
     Ok(())
+}
+
+/// Asks to be notified without being told, as before. Closing any descriptor for the queue takes that back
+/// (ipc/mqueue.c, `mqueue_flush_file`), so all have their numbers.
+pub(crate) fn ask(script: &mut Script, image: &Image, task: &Task) {
+    let shared = task.shares.descriptors;
+    let table = shared.and_then(|pid| image.tasks.iter().find(|t| t.pid == pid)).unwrap_or(task);
+    for descriptor in &table.descriptors {
+        let Kind::Mqueue(id) = image.objects.descriptions[descriptor.description.0 as usize].kind else {
+            continue;
+        };
+        let queue = &image.objects.mqueues[id.0 as usize];
+        let again = |d: &&Descriptor| {
+            d.fd < descriptor.fd
+                && image.objects.descriptions[d.description.0 as usize].kind == Kind::Mqueue(id)
+        };
+        if queue.asked != Some(task.pid) || table.descriptors.iter().any(|d| again(&d)) {
+            continue;
+        }
+        // struct sigevent: value, signal, how (asm-generic/siginfo.h).
+        let mut event = [0u8; 64];
+        event[12..16].copy_from_slice(&libc::SIGEV_NONE.to_ne_bytes());
+        let event = script.data(&event);
+        call!(
+            script,
+            format!("mq_notify on fd {}", descriptor.fd),
+            libc::SYS_mq_notify,
+            descriptor.fd,
+            event
+        );
+    }
 }

@@ -25,8 +25,8 @@ use crate::host::Host;
 use crate::lineage::{Lineage, Origin, Role, Stage};
 use crate::vma::{Begin, Early};
 use crate::{
-    description, epoll, late, lock, memory, print, signal, sysv_sem, sysv_shm, task, terminal, thread, timer,
-    vma,
+    description, epoll, late, lock, memory, mqueue, print, signal, sysv_sem, sysv_shm, task, terminal,
+    thread, timer, vma,
 };
 
 /// Bytes before the contexts, for the shared words.
@@ -432,6 +432,7 @@ fn plan_task(
     epoll::plan(&mut script, image, index, None)?;
     description::owners(&mut script, planner, task, true);
     lock::plan(&mut script, image, task, true);
+    mqueue::ask(&mut script, image, task);
     task::attributes(&mut script, planner, task);
     signal::pending(&mut script, task.pid.0, &task.signals);
     timer::plan(&mut script, &task.timers, host);

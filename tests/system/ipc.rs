@@ -35,6 +35,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         Trial::test("ipc: shared with a process outside", || Ok(shared()?)),
         Trial::test("ipc: an id or key that is taken", || Ok(taken()?)),
         Trial::test("ipc: a notification of a message queue", || Ok(notified()?)),
+        Trial::test("ipc: a notification that nobody is told of", || Ok(asked()?)),
         Trial::test("ipc: a restore that fails leaves no object", || Ok(failed()?)),
     ]);
     trials
@@ -202,7 +203,20 @@ fn restore(image: &Path) -> Outcome<Said> {
 
 fn notified() -> Outcome {
     let Some(mut victim) = start("mqueue", &["notify"])? else { return Ok(()) };
-    expect(&dump(&mut victim)?.expect(REFUSED)?, &["-empty", "mq_notify"])?;
+    expect(&dump(&mut victim)?.expect(REFUSED)?, &["-empty", "mq_notify", "with which value"])?;
+    victim.ticks(2)
+}
+
+/// Nobody is told, so nothing is lost.
+fn asked() -> Outcome {
+    let Some(mut victim) = start("mqnotify", &[])? else { return Ok(()) };
+    for _ in 0..3 {
+        victim.dump_with(&["--leave-running"])?;
+        victim.ticks(2)?;
+    }
+    victim.cycles(3)?;
+    let Some(mut victim) = start("mqnotify", &["full"])? else { return Ok(()) };
+    expect(&dump(&mut victim)?.expect(REFUSED)?, &["mq_notify", "messages are in it"])?;
     victim.ticks(2)
 }
 

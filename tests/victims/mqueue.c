@@ -54,7 +54,7 @@ int main(int argc, char **argv) {
     for (int i = 0; i < 5; i++) put(named, (char[]){"abcde"[i], 0}, "\1\7\1\0\7"[i]);
     put(gone, "first", 3);
     put(gone, "second", 3);
-    if (argc > 3) CHECK(!mq_notify(empty, &(struct sigevent){.sigev_notify = SIGEV_NONE}));
+    if (argc > 3) CHECK(!mq_notify(empty, &(struct sigevent){.sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGURG}));
     else spawn(waiter, 0);
     for (uint64_t n = 0;; n++) {
         struct mq_attr is;

@@ -45,7 +45,11 @@ pub(super) fn check(image: &Image) -> Result<(), String> {
             return Err(format!("message queue {} is impossible", queue.id));
         }
     }
-    match objects.mqueues.iter().position(|q| !mqueue(q)) {
+    match objects
+        .mqueues
+        .iter()
+        .position(|q| !mqueue(q) || q.asked.is_some_and(|pid| !image.manifest.tasks.contains(&pid)))
+    {
         Some(i) => Err(format!("POSIX message queue {i} is impossible")),
         None => Ok(()),
     }
