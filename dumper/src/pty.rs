@@ -6,7 +6,7 @@
 //! opened must stay so: once it is closed again, its master reads an error instead of waiting.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use torpor_image::description::Kind;
@@ -59,9 +59,15 @@ pub(crate) enum Whose {
     Outside,
 }
 
-/// The processes whose masters count.
+/// The processes whose ends count: also torpor itself, for what is in flight ([`counts`]).
 fn tree(collector: &Collector) -> Vec<Pid> {
-    collector.members.iter().map(|pid| survey::living(Pid(*pid))).collect()
+    let members = collector.members.iter().map(|pid| survey::living(Pid(*pid)));
+    members.chain((!collector.sockets.flight().is_empty()).then(Pid::this)).collect()
+}
+
+/// Whether a descriptor belongs to the tree: of torpor's own, those it got from the queues of sockets.
+fn counts(collector: &Collector, pid: Pid, fd: i32) -> bool {
+    pid != Pid::this() || collector.sockets.flight().iter().any(|own| own.as_raw_fd() == fd)
 }
 
 /// A descriptor that leads to a master.
@@ -145,8 +151,12 @@ pub(crate) fn unread(all: &[Opened]) -> bool {
 }
 
 fn masters(collector: &mut Collector) -> &[Master] {
-    let pids = tree(collector);
-    collector.ptys.masters.get_or_insert_with(|| find_masters(&pids))
+    if collector.ptys.masters.is_none() {
+        let mut all = find_masters(&tree(collector));
+        all.retain(|master| counts(collector, master.pid, master.fd));
+        collector.ptys.masters = Some(all);
+    }
+    collector.ptys.masters.as_deref().unwrap_or_default()
 }
 
 fn find_masters(pids: &[Pid]) -> Vec<Master> {
@@ -237,6 +247,9 @@ fn pair(collector: &mut Collector, master: &Master, fd: Option<&OwnedFd>) -> Res
 }
 
 fn name(master: &Master) -> String {
+    if master.pid == Pid::this() {
+        return format!("{} (master: in flight)", master.slave);
+    }
     format!("{} (master: fd {} of pid {})", master.slave, master.fd, master.pid)
 }
 
@@ -342,9 +355,9 @@ fn state_of_slave(
         return Ok(Slave::Closed);
     }
     let tree = tree(collector);
-    let open =
-        |pids: &[Pid]| tty::holders(pids, master.number, master.device).into_iter().find(|held| !held.master);
-    if open(&tree).is_some() || tree.iter().any(|pid| has_by_dev_tty(*pid, master.number)) {
+    let slave = |held: &tty::Held| !held.master && counts(collector, held.pid, held.fd);
+    let open = |pids: &[Pid]| tty::holders(pids, master.number, master.device).into_iter().find(slave);
+    if open(&tree).is_some() || tree.iter().any(|pid| has_by_dev_tty(collector, *pid, master.number)) {
         return Ok(Slave::Open);
     }
     let others: Vec<Pid> =
@@ -362,10 +375,11 @@ fn state_of_slave(
     }
 }
 
-fn has_by_dev_tty(pid: Pid, number: u32) -> bool {
+fn has_by_dev_tty(collector: &Collector, pid: Pid, number: u32) -> bool {
     let Ok(pidfd) = fds::pidfd_open(pid) else { return false };
     fds::list(pid).unwrap_or_default().into_iter().any(|fd| {
-        fds::readlink(pid, fd).is_ok_and(|link| link == b"/dev/tty")
+        counts(collector, pid, fd)
+            && fds::readlink(pid, fd).is_ok_and(|link| link == b"/dev/tty")
             && fds::getfd(pidfd.as_fd(), fd).is_ok_and(|fd| {
                 tty::device(&fd).is_ok_and(|d| tty::SLAVE_MAJORS.contains(&d.0) && d.1 == number)
             })

@@ -20,6 +20,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     vec![
         Trial::test("state: pseudo terminals", || Ok(cycles()?)),
         Trial::test("state: pseudo terminals among those of others", || Ok(shared()?)),
+        Trial::test("state: pseudo terminals with an end in flight", || Ok(in_flight()?)),
         Trial::test("left running: pseudo terminals", || Ok(left_running()?)),
         Trial::test("tree: a terminal multiplexer with a shell", || Ok(multiplexer(&[])?)),
         Trial::test("tree: a shell that has closed its terminal", || Ok(multiplexer(&["closed"])?)),
@@ -79,6 +80,21 @@ fn cycles() -> Outcome {
     victim.cycles(30)?;
     let after = terminal_of(victim.pid)?;
     ensure!(before == after, "controlling terminal and foreground group were {before:?} and are {after:?}");
+    Ok(())
+}
+
+/// Ends that no process has open.
+fn in_flight() -> Outcome {
+    let Some(devpts) = Devpts::mount()? else { return Ok(()) };
+    for what in ["master", "slave", "both"] {
+        let at = |e: String| format!("{what}: {e}");
+        let mut victim = Victim::start("ptyflight", &[what, devpts.path()]).map_err(at)?;
+        for _ in 0..3 {
+            victim.dump_with(&["--leave-running"]).map_err(at)?;
+            victim.ticks(1).map_err(at)?;
+        }
+        victim.cycles(4).map_err(at)?;
+    }
     Ok(())
 }
 

@@ -54,6 +54,11 @@ impl Sockets {
         self.owned.contains(&inode)
     }
 
+    /// What is on its way, as descriptors of torpor's own.
+    pub(crate) fn flight(&self) -> &[Arc<OwnedFd>] {
+        &self.flight
+    }
+
     /// Whether there may be descriptors on their way that only the frozen process shows.
     pub(crate) fn unseen(&self) -> bool {
         self.unseen
