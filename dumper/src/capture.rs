@@ -29,7 +29,7 @@ use crate::restart::Restarts;
 use crate::scratch::{self, Files};
 use crate::stage::Stage;
 use crate::task::{self, Outside, Prepared};
-use crate::{inject, sharing, survey, sysv, tcp, vma, workers};
+use crate::{inject, lease, sharing, survey, sysv, tcp, vma, workers};
 
 /// Everything of a tree at one instant: it may go on, or be ended, whatever happens to this.
 #[derive(Debug)]
@@ -133,6 +133,7 @@ pub(crate) fn capture<'s>(
     let zombies = stopped.zombies.iter().map(|pid| zombie(*pid)).collect::<Result<_>>()?;
     collector.turn_to(root);
     scratch::decide(&mut collector, &tasks)?;
+    lease::confirm(&mut collector, &tasks);
     if !collector.refusals.is_empty() {
         return Err(Error::Refused { pid: root, refusals: collector.refusals });
     }

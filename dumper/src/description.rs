@@ -17,7 +17,7 @@ use crate::collect::{Collector, Known};
 use crate::error::{Error, Result};
 use crate::opened::Opened;
 use crate::{
-    anon, epoll, eventfd, inet, inode, inotify, mqueue, netlink, packet, pidfd, pipe, raw, signalfd,
+    anon, epoll, eventfd, inet, inode, inotify, lease, mqueue, netlink, packet, pidfd, pipe, raw, signalfd,
     terminal, timerfd, udp, unix,
 };
 
@@ -244,7 +244,8 @@ fn describe(
     };
     let Some(kind) = kind else { return Ok(None) };
     let id = DescriptionId(collector.objects.descriptions.len() as u32);
-    let (flock, ofd_locks) = locks(collector, found);
+    let (flock, ofd_locks) = locks(found);
+    let lease = lease::collect(collector, found, &kind);
     let asks = !collector.live && found.info.flags & libc::O_PATH as u32 == 0;
     let owner = if asks { owner(collector, found)? } else { None };
     collector.objects.descriptions.push(Description {
@@ -254,6 +255,7 @@ fn describe(
         owner,
         flock,
         ofd_locks,
+        lease,
         kind,
     });
     Ok(Some(id))
@@ -353,17 +355,15 @@ fn socket(collector: &mut Collector, found: &Found) -> Result<Option<Kind>> {
 }
 
 /// Locks of the description itself.
-fn locks(collector: &mut Collector, found: &Found) -> (Option<Flock>, Vec<OfdLock>) {
+fn locks(found: &Found) -> (Option<Flock>, Vec<OfdLock>) {
     let (mut held, mut parts) = (None, Vec::new());
     for lock in &found.info.locks {
         match lock.kind {
             LockKind::Flock => held = Some(Flock::Whole { exclusive: lock.write }),
-            LockKind::Posix => {}
+            // Leases are looked at by themselves.
+            LockKind::Posix | LockKind::Lease | LockKind::Delegation => {}
             LockKind::Ofd => {
                 parts.push(OfdLock { exclusive: lock.write, start: lock.start, end: lock.end });
-            }
-            LockKind::Lease => {
-                collector.refuse(found.title(), "a lease cannot be dumped yet", "give it up (F_UNLCK)");
             }
         }
     }

@@ -34,6 +34,7 @@ mod inject;
 mod inode;
 mod inotify;
 mod ip;
+mod lease;
 mod mark;
 mod memory;
 mod mqueue;

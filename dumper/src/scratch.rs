@@ -32,6 +32,7 @@ use torpor_kernel::ids::Pid;
 
 use crate::collect::{Collector, Content, stat_path};
 use crate::error::{Error, Result};
+use crate::lease;
 use crate::rules::Rules;
 
 /// The largest scratch file of which a spare copy is taken though nobody maps it shared.
@@ -191,6 +192,10 @@ fn spare(collector: &mut Collector, id: InodeId, path: &Bytes) -> bool {
 
 /// Opens a file to be copied; it is still the one that was met.
 fn open(collector: &mut Collector, id: InodeId, path: &Bytes) -> std::io::Result<()> {
+    if lease::exclusive(collector).contains(&id) {
+        // Its holder would be told to give it up.
+        return Err(nix::errno::Errno::EWOULDBLOCK.into());
+    }
     let open = |flags| std::fs::OpenOptions::new().read(true).custom_flags(flags).open(path.path());
     // To read without a trace is for the owner only.
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
@@ -248,7 +253,7 @@ fn parent(path: &Bytes) -> Bytes {
 }
 
 /// Whether a file system has no more than memory to keep its files in (tmpfs(5), Documentation/filesystems/ramfs).
-fn in_memory(path: &Bytes) -> bool {
+pub(crate) fn in_memory(path: &Bytes) -> bool {
     const RAMFS_MAGIC: i64 = 0x8584_58f6;
     let Ok(name) = std::ffi::CString::new(path.0.as_slice()) else { return false };
     // SAFETY: an all-zero statfs is a valid one to be filled.

@@ -8,7 +8,7 @@ use crate::eventfd::EventFd;
 use crate::inet::InetSocket;
 use crate::inode::Inode;
 use crate::inotify::Inotify;
-use crate::lock::{Flock, OfdLock};
+use crate::lock::{Flock, Lease, OfdLock};
 use crate::mqueue::Mqueue;
 use crate::netlink::NetlinkSocket;
 use crate::packet::PacketSocket;
@@ -67,6 +67,9 @@ pub struct Description {
     /// Its locks on parts of the file.
     #[serde(default)]
     pub ofd_locks: Vec<OfdLock>,
+    /// Its lease.
+    #[serde(default)]
+    pub lease: Option<Lease>,
     /// What it is open on.
     pub kind: Kind,
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::InodeId;
+use crate::{InodeId, Pid};
 
 /// A lock on all of a file that belongs to an open file description.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,4 +38,13 @@ pub struct PosixLock {
     pub start: u64,
     /// Last byte; `None` for the end of the file, wherever it may be.
     pub end: Option<u64>,
+}
+
+/// A lease on a file (fcntl(F_SETLEASE)), which belongs to an open file description.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// `F_WRLCK` or `F_RDLCK`.
+    pub exclusive: bool,
+    /// The process that took it.
+    pub holder: Pid,
 }

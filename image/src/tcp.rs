@@ -128,6 +128,7 @@ mod tests {
             owner: None,
             flock: None,
             ofd_locks: Vec::new(),
+            lease: None,
             kind: Kind::Inet(InetSocket {
                 number: *number,
                 family: 2,

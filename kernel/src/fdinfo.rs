@@ -218,8 +218,10 @@ pub enum LockKind {
     Flock,
     /// fcntl(2) `F_OFD_SETLK`: owned by the open file description.
     Ofd,
-    /// fcntl(2) `F_SETLEASE`, or a delegation of the NFS server.
+    /// fcntl(2) `F_SETLEASE`: owned by the open file description.
     Lease,
+    /// A lease of a file server (`F_SETDELEG`).
+    Delegation,
 }
 
 /// One lock.
@@ -231,7 +233,7 @@ pub struct Lock {
     pub write: bool,
     /// A lease that is being broken: its holder has been told to give it up.
     pub breaking: bool,
-    /// The owner; for `Flock` who took it, which may be another process than the one looked at; -1 for `Ofd`.
+    /// The owner; for `Flock` and `Lease` who took it, which may be another process than the one looked at; -1 for `Ofd`.
     pub pid: i32,
     /// Device: major, minor.
     pub dev: (u32, u32),
@@ -468,7 +470,8 @@ fn lock(line: &[u8]) -> Option<Lock> {
         b"POSIX" | b"ACCESS" => LockKind::Posix,
         b"FLOCK" => LockKind::Flock,
         b"OFDLCK" => LockKind::Ofd,
-        b"LEASE" | b"DELEG" => LockKind::Lease,
+        b"LEASE" => LockKind::Lease,
+        b"DELEG" => LockKind::Delegation,
         _ => return None,
     };
     let breaking = words.next()? == b"BREAKING";

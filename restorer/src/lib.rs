@@ -33,6 +33,7 @@ mod inotify;
 mod ip;
 mod kept;
 mod late;
+mod lease;
 mod lineage;
 mod lock;
 mod made;

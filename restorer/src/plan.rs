@@ -25,7 +25,7 @@ use crate::host::Host;
 use crate::lineage::{Lineage, Origin, Role, Stage};
 use crate::vma::{Begin, Early};
 use crate::{
-    description, epoll, late, lock, memory, mqueue, print, signal, sysv_sem, sysv_shm, task, terminal,
+    description, epoll, late, lease, lock, memory, mqueue, print, signal, sysv_sem, sysv_shm, task, terminal,
     thread, timer, vma,
 };
 
@@ -433,6 +433,7 @@ fn plan_task(
     description::owners(&mut script, planner, task, true);
     lock::plan(&mut script, image, task, true);
     mqueue::ask(&mut script, image, task);
+    lease::plan(&mut script, image, task);
     task::attributes(&mut script, planner, task);
     signal::pending(&mut script, task.pid.0, &task.signals);
     timer::plan(&mut script, &task.timers, host);

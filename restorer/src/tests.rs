@@ -197,6 +197,7 @@ impl Parts {
             owner: None,
             flock: None,
             ofd_locks: Vec::new(),
+            lease: None,
             kind,
         });
         id

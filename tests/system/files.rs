@@ -30,6 +30,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         "rules that cannot be understood" => bad_rules,
         "a name in another directory is refused" => linked,
         "a file of /proc about another process is refused" => || refused("other", &["/proc/1/status", "not part of the dump"]),
+        "leases" => leases,
+        "a lease that is being broken, or on a file in memory, is refused" => leases_refused,
     ]
 }
 
@@ -440,4 +442,37 @@ fn linked() -> Outcome {
         fs::rename(s.victim.home().join("run/there"), s.victim.home().join("here-again")).map_err(text)?;
         s.victim.cycles(2)
     })
+}
+
+fn leases() -> Outcome {
+    let mut victim = Victim::start("lease", &[])?;
+    let stat = std::process::Command::new("stat").args(["-f", "-c", "%T"]).arg(victim.home()).output();
+    if stat.is_ok_and(|said| said.stdout.starts_with(b"tmpfs")) {
+        eprintln!("skipped: the files of tests are in memory here");
+        return Ok(());
+    }
+    for _ in 0..3 {
+        victim.dump_with(&["--leave-running"])?;
+        victim.ticks(1)?;
+    }
+    victim.cycles(3)?;
+    // Whoever wants the file now is kept waiting, and the victim is told.
+    fs::write(victim.home().join("break"), "").map_err(text)?;
+    victim.ticks(5)?;
+    let log = fs::read_to_string(victim.log()).map_err(text)?;
+    ensure!(log.contains("broken"), "nobody broke its lease");
+    Ok(())
+}
+
+fn leases_refused() -> Outcome {
+    for (what, why) in [("breaking", "being broken"), ("memory", "in memory only")] {
+        let mut victim = Victim::start("lease", &[what])?;
+        let image = victim.image();
+        let said = run_torpor(&["dump", &victim.pid.to_string(), image.to_str().ok_or("a path")?])?;
+        let _cleared_away = fs::remove_file(format!("/dev/shm/torpor-lease-{}", victim.pid));
+        let said = said.expect(REFUSED)?;
+        ensure!(said.contains(why) && said.contains("F_UNLCK"), "it says: {said}");
+        victim.ticks(2)?;
+    }
+    Ok(())
 }
