@@ -25,6 +25,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::errno::Errno;
 
+use crate::priority::urgent;
 use crate::robust::{Held, wake};
 
 /// How long sockets are kept for: about as long as a peer goes on asking (tcp(7), `tcp_retries2`).
@@ -255,8 +256,7 @@ impl Work<'_> {
             libc::syscall(libc::SYS_setsid);
             libc::syscall(libc::SYS_chdir, c"/".as_ptr());
             libc::syscall(libc::SYS_prctl, libc::PR_SET_NAME, c"tcp-guardian".as_ptr(), 0, 0, 0);
-            let urgent = libc::sched_param { sched_priority: 2 };
-            libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_FIFO, &raw const urgent);
+            urgent();
             let mut from = 0u32;
             for fd in self.keep {
                 let fd = fd.cast_unsigned();

@@ -1,6 +1,15 @@
 //! Outranking the threads we stop and wake: a woken thread would else take our cpu before the next is
 //! woken, 3 ms each time on a busy machine.
 
+/// The same for good, of a process that puts back what a program must not meet when it goes on. Calls nothing but the
+/// kernel.
+pub(crate) fn urgent() {
+    let high = libc::sched_param { sched_priority: 2 };
+    // SAFETY: `high` is a sched_param of ours.
+    let _not_allowed =
+        unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_FIFO, &raw const high) };
+}
+
 /// Real-time priority of this thread while it lives, where the kernel gives it.
 #[must_use]
 pub(crate) struct RealTime {

@@ -20,6 +20,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         Trial::test("unix: a connection is accepted before the freeze", || Ok(accepted()?)),
         Trial::test("unix: a connection with data that is never accepted", || Ok(never_accepted()?)),
         Trial::test("unix: a creator whose pid is taken is named", || Ok(creator()?)),
+        Trial::test("unix: SO_PEERPIDFD tells of members", || Ok(peer_pidfd()?)),
         Trial::test("unix: peeking does not outlive torpor", || Ok(killed()?)),
     ]
 }
@@ -265,5 +266,17 @@ fn creator() -> Outcome {
     victim.restored();
     victim.ticks(2)?;
     ensure!(others(&victim) == before, "SO_PEERCRED tells of somebody else than pid {pid}");
+    Ok(())
+}
+
+/// Of connections that are made anew. One that was there before tells of a process that has ended.
+fn peer_pidfd() -> Outcome {
+    let mut victim = Victim::start("peerpidfd", &[])?;
+    victim.cycles(5)?;
+    let log = std::fs::read_to_string(victim.log()).map_err(|e| e.to_string())?;
+    if log.contains("SKIP") {
+        eprintln!("skipped: no SO_PEERPIDFD in this kernel");
+    }
+    log.lines().filter(|l| l.starts_with("old")).for_each(|l| eprintln!("a connection of before: {l}"));
     Ok(())
 }

@@ -460,6 +460,7 @@ impl Walk {
 extern "C" fn walk(argument: *mut libc::c_void) -> i32 {
     // SAFETY: `undying` gives a Walk that nobody else touches meanwhile.
     let walk = unsafe { &mut *argument.cast::<Walk>() };
+    crate::priority::urgent();
     walk.set(0);
     walk.run();
     walk.set(walk.before);
