@@ -263,7 +263,10 @@ impl Frozen {
     pub fn kill(self) -> Result<()> {
         let Frozen { hold, stopped, .. } = self;
         if let Some(hold) = hold {
-            hold.end(stopped.root().pid())?;
+            if let Err(e) = hold.end(stopped.root().pid(), || stopped.bind(true)) {
+                stopped.bind(false);
+                return Err(e);
+            }
         }
         stopped.kill()
     }

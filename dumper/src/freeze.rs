@@ -24,6 +24,8 @@ use torpor_kernel::{process, status};
 use crate::error::{Error, Refusal, Result};
 use crate::priority::RealTime;
 
+/// How threads are traced.
+const OPTIONS: u32 = ptrace::OPTION_SYSGOOD;
 /// How long a thread may take to stop, and a tree to hold still.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// After which time a thread that has not stopped is asked whether it waits for a vfork child.
@@ -165,6 +167,15 @@ impl FrozenTree {
         self.processes.into_iter().try_for_each(Frozen::keep_stopped)
     }
 
+    /// Whether the kernel ends all processes should we end now.
+    pub(crate) fn bind(&self, bound: bool) {
+        let options = if bound { OPTIONS | ptrace::OPTION_EXITKILL } else { OPTIONS };
+        for thread in self.processes.iter().flat_map(|p| &p.threads) {
+            // One that is gone has ended.
+            let _gone = ptrace::set_options(thread.tid, options);
+        }
+    }
+
     /// Ends every process and waits until nothing of them is left but what parents must collect.
     pub(crate) fn kill(mut self) -> Result<()> {
         // All at once, before any end can be noticed by another.
@@ -229,7 +240,7 @@ impl Frozen {
     /// Attaches to a thread; false when it has ended.
     fn seize(&mut self, tid: Tid) -> Result<bool> {
         let pid = self.pid;
-        match ptrace::seize(tid, ptrace::OPTION_SYSGOOD) {
+        match ptrace::seize(tid, OPTIONS) {
             Ok(()) => {
                 self.threads.push(FrozenThread { tid, group_stop: None });
                 Ok(true)

@@ -129,8 +129,13 @@ impl Guardian {
     /// The image is complete: makes the sockets silent and ends the processes, whatever becomes of us from here on.
     /// The child keeps the sockets, as they are then, until somebody takes over their addresses or [`PATIENCE`] is over.
     /// On error everything has been put back.
-    pub(crate) fn end(mut self) -> Result<(), Errno> {
-        self.tell(order::END);
+    ///
+    /// Were we killed now, threads might run on before the child gets its turn: `bind` lets the kernel end the
+    /// processes with us.
+    pub(crate) fn end(mut self, bind: impl FnOnce()) -> Result<(), Errno> {
+        self.held.word(ORDER).store(order::END, Ordering::SeqCst);
+        bind();
+        self.held.let_go();
         let answer = self.held.word(ANSWERED);
         let patience = ANSWER;
         loop {
@@ -160,11 +165,6 @@ impl Guardian {
             }
         }
     }
-
-    fn tell(&self, order: u32) {
-        self.held.word(ORDER).store(order, Ordering::SeqCst);
-        self.held.let_go();
-    }
 }
 
 impl Drop for Guardian {
@@ -173,7 +173,8 @@ impl Drop for Guardian {
             return;
         }
         if self.held.word(ORDER).load(Ordering::SeqCst) == 0 {
-            self.tell(order::UNDO);
+            self.held.word(ORDER).store(order::UNDO, Ordering::SeqCst);
+            self.held.let_go();
         }
         loop {
             // SAFETY: waitpid takes numbers and no place for a status; the child is ours and not reaped.

@@ -113,10 +113,11 @@ impl Hold {
     }
 
     /// The image is complete: ends the processes, without their connections telling of it.
-    pub(crate) fn end(self, pid: Pid) -> Result<()> {
+    /// `bind` makes the kernel end the processes with us.
+    pub(crate) fn end(self, pid: Pid, bind: impl FnOnce()) -> Result<()> {
         let failed = |errno| torpor_kernel::Error::syscall("setsockopt, pidfd_send_signal", pid, errno);
         self.guardian
-            .end()
+            .end(bind)
             .map_err(failed)
             .map_err(Error::kernel(pid, "ending it and its connections silently"))
     }

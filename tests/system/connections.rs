@@ -265,9 +265,14 @@ fn torture_outside(more: &[&str]) -> Outcome {
     let mut victim = Victim::start("outside", &args)?;
     let (peer, _) = listener.accept().map_err(text)?;
     let stop = Arc::new(AtomicBool::new(false));
+    let own = peer.try_clone().map_err(text)?;
     let talk = stream(peer, stop.clone());
     let result = torture(&mut victim, &["--tcp", "keep"], 100).and_then(|()| ends(&mut victim));
     stop.store(true, Ordering::Relaxed);
+    if result.is_err() {
+        // Nobody is there any more to end it.
+        let _may_be_gone = own.shutdown(std::net::Shutdown::Both);
+    }
     let talk = talk.join().map_err(|_| "the stream panicked")?;
     let log = fs::read_to_string(victim.log()).unwrap_or_default();
     let unfit = log.lines().filter(|l| l.starts_with("repair")).count();
