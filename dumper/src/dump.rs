@@ -262,11 +262,11 @@ impl Frozen {
     /// Ends the tree and waits until it is gone.
     pub fn kill(self) -> Result<()> {
         let Frozen { hold, stopped, .. } = self;
-        if let Some(hold) = hold {
-            if let Err(e) = hold.end(stopped.root().pid(), || stopped.bind(true)) {
-                stopped.bind(false);
-                return Err(e);
-            }
+        if let Some(hold) = hold
+            && let Err(e) = hold.end(stopped.root().pid(), || stopped.bind(true))
+        {
+            stopped.bind(false);
+            return Err(e);
         }
         stopped.kill()
     }

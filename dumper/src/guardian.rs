@@ -11,9 +11,9 @@
 //! memory apart. So the child waits for a futex of the tracing thread's robust list, at whose end the kernel wakes
 //! it (Documentation/locking/robust-futex-ABI.rst), and does so with a real-time priority where it may.
 //!
-//! Where the target is to end, its connections must not be heard of afterwards, and one process must not end without
-//! the others. That is decided by one word that is written when the image is complete: from then on the child, not we,
-//! makes the sockets silent and ends the processes, and nothing but its own death keeps it from that.
+//! Where the target is to end, one process must not end without the others, nor what they held be undone. That is decided
+//! by one word, written when the image is complete: from then on nothing is put back any more, and the child, not we, ends
+//! the processes; nothing but its own death keeps it from that.
 //!
 //! The child is a copy of us (of our memory it shares the page with the words only) that makes system calls only. It
 //! is in a session of its own with all signals blocked and under another name, so that what is aimed at us misses it,
@@ -64,15 +64,6 @@ impl Undo {
     }
 }
 
-/// What is to happen when the image is complete.
-#[derive(Debug, Default)]
-pub(crate) struct End {
-    /// What makes the sockets silent.
-    pub(crate) silence: Vec<Undo>,
-    /// Pidfds of the processes that end.
-    pub(crate) processes: Vec<OwnedFd>,
-}
-
 /// The child. Dropped, it has put everything back.
 ///
 /// It watches the thread that made it, so this cannot be sent to another.
@@ -88,21 +79,21 @@ pub(crate) struct Guardian {
 impl Guardian {
     /// Starts it; from now on everything of `undo` happens when we end.
     pub(crate) fn start(undo: &[Undo]) -> Result<Self, Errno> {
-        Self::start_for(undo, &End::default())
+        Self::start_for(undo, &[])
     }
 
-    /// Likewise, for processes that shall [`Guardian::end`].
-    pub(crate) fn start_for(undo: &[Undo], end: &End) -> Result<Self, Errno> {
-        let (undo_programs, silence_programs) = (programs(undo), programs(&end.silence));
-        let (calls, silence) = (calls(undo, &undo_programs), calls(&end.silence, &silence_programs));
-        let processes: Vec<i32> = end.processes.iter().map(AsRawFd::as_raw_fd).collect();
-        let mut keep: Vec<i32> = undo.iter().chain(&end.silence).map(|u| u.fd).collect();
+    /// Likewise, for processes (by their pidfds) that shall [`Guardian::end`].
+    pub(crate) fn start_for(undo: &[Undo], processes: &[OwnedFd]) -> Result<Self, Errno> {
+        let programs = programs(undo);
+        let calls = calls(undo, &programs);
+        let processes: Vec<i32> = processes.iter().map(AsRawFd::as_raw_fd).collect();
+        let mut keep: Vec<i32> = undo.iter().map(|u| u.fd).collect();
         keep.extend(&processes);
         keep.sort_unstable();
         keep.dedup();
         let held = Held::new()?;
         held.word(ANSWERED).store(NONE, Ordering::SeqCst);
-        let work = Work { keep: &keep, undo: &calls, silence: &silence, processes: &processes, held: &held };
+        let work = Work { keep: &keep, undo: &calls, processes: &processes, held: &held };
         // SAFETY: an all-zero sigset_t is a valid one.
         let (mut all, mut before): (libc::sigset_t, libc::sigset_t) = unsafe { std::mem::zeroed() };
         // SAFETY: two sets of ours.
@@ -126,7 +117,7 @@ impl Guardian {
         Ok(Guardian { pid: pid as i32, held, stays: false, _bound_to_thread: PhantomData })
     }
 
-    /// The image is complete: makes the sockets silent and ends the processes, whatever becomes of us from here on.
+    /// The image is complete: ends the processes, whatever becomes of us from here on.
     /// The child keeps the sockets, as they are then, until somebody takes over their addresses or [`PATIENCE`] is over.
     /// On error everything has been put back.
     ///
@@ -243,7 +234,6 @@ impl Call {
 struct Work<'w> {
     keep: &'w [i32],
     undo: &'w [Call],
-    silence: &'w [Call],
     processes: &'w [i32],
     held: &'w Held,
 }
@@ -282,7 +272,7 @@ impl Work<'_> {
         }
     }
 
-    /// Makes the sockets silent and ends the processes. False, with nothing ended, when that is not possible.
+    /// Ends the processes. False, with nothing ended, when that is not possible.
     ///
     /// # Safety
     /// As for `run`.
@@ -300,9 +290,6 @@ impl Work<'_> {
             let mut failed = 0;
             for fd in self.processes {
                 failed = if failed == 0 { signal(fd, 0) } else { failed };
-            }
-            for call in self.silence {
-                failed = if failed == 0 { call.make() } else { failed };
             }
             if failed == 0 {
                 for fd in self.processes {

@@ -4,8 +4,8 @@
 //! when its process ends. So each socket gets a filter that drops everything (socket(7), `SO_ATTACH_FILTER`; what is
 //! dropped the peer sends again), is read in repair mode, and is put into that mode once more before the process is
 //! killed: a socket in repair mode is closed silently (net/ipv4/tcp.c, `tcp_disconnect`). Until then a guardian stands
-//! ready to undo all of it; once the image is complete it is the guardian that does the rest, so that it is done even
-//! if we are killed. It stays for as long as a peer may have patience: while its sockets exist,
+//! ready to undo all of it; once the image is complete it is the guardian that ends the processes, so that this is done
+//! even if we are killed. It stays for as long as a peer may have patience: while its sockets exist,
 //! deaf, what the peer sends meets nobody; without them the kernel would answer with a reset. A restore on this
 //! machine ends it; one on another takes over the address as well, and nothing is sent here any more.
 
@@ -18,7 +18,7 @@ use torpor_kernel::tcp::{self, state};
 
 use crate::collect::Collector;
 use crate::error::{Error, Result};
-use crate::guardian::{End, Guardian, Undo};
+use crate::guardian::{Guardian, Undo};
 use crate::repair;
 use crate::socket;
 use crate::tcp::Socket;
@@ -52,7 +52,7 @@ impl Hold {
         let pid = collector.pid;
         let sockets: Vec<&Socket> = sockets.collect();
         let mut undo = Vec::new();
-        let mut end = End::default();
+        let mut processes = Vec::new();
         let mut copies = Vec::new();
         for socket in &sockets {
             collector.turn_to(socket.pid);
@@ -73,9 +73,7 @@ impl Hold {
             for (level, name) in IMPATIENT {
                 let value = socket::int_option(fd, level, name).unwrap_or(0);
                 undo.push(Undo::number(fd.as_fd(), level, name, value));
-                end.silence.push(Undo::number(fd.as_fd(), level, name, 0));
             }
-            end.silence.push(Undo::number(fd.as_fd(), libc::IPPROTO_TCP, tcp::TCP_REPAIR, 1));
             let copy = fd.try_clone().map_err(|e| {
                 Error::kernel(pid, format!("holding {}", socket.title))(torpor_kernel::Error::io(
                     "dup", pid, &e,
@@ -88,11 +86,11 @@ impl Hold {
         }
         for member in &collector.members {
             let pidfd = fds::pidfd_open(Pid(*member)).map_err(Error::kernel(Pid(*member), "holding it"))?;
-            end.processes.push(pidfd);
+            processes.push(pidfd);
         }
         let start =
             |e| Error::kernel(pid, "starting a guardian")(torpor_kernel::Error::syscall("clone", pid, e));
-        let hold = Hold { guardian: Guardian::start_for(&undo, &end).map_err(start)?, sockets: copies };
+        let hold = Hold { guardian: Guardian::start_for(&undo, &processes).map_err(start)?, sockets: copies };
         for (fd, socket) in hold.sockets.iter().zip(&sockets) {
             make_deaf(fd).map_err(Error::kernel(pid, format!("holding {}", socket.title)))?;
         }
@@ -112,14 +110,19 @@ impl Hold {
         Ok(Some((hold, states)))
     }
 
-    /// The image is complete: ends the processes, without their connections telling of it.
-    /// `bind` makes the kernel end the processes with us.
+    /// The image is complete: ends the processes, without their connections telling of it. `bind` makes the kernel end
+    /// the processes with us.
     pub(crate) fn end(self, pid: Pid, bind: impl FnOnce()) -> Result<()> {
-        let failed = |errno| torpor_kernel::Error::syscall("setsockopt, pidfd_send_signal", pid, errno);
-        self.guardian
-            .end(bind)
-            .map_err(failed)
-            .map_err(Error::kernel(pid, "ending it and its connections silently"))
+        let failed = || Error::kernel(pid, "ending it and its connections silently");
+        // Silent before any process can end: whatever ends the guardian later closes them so.
+        for fd in &self.sockets {
+            for (level, name) in IMPATIENT {
+                repair::set(fd, level, name, 0).map_err(failed())?;
+            }
+            tcp::set_repair(fd.as_fd(), 1).map_err(failed())?;
+        }
+        let ended = self.guardian.end(bind);
+        ended.map_err(|errno| failed()(torpor_kernel::Error::syscall("pidfd_send_signal", pid, errno)))
     }
 }
 
