@@ -114,7 +114,10 @@ impl Guardian {
         if pid < 0 {
             return Err(errno);
         }
-        Ok(Guardian { pid: pid as i32, held, stays: false, _bound_to_thread: PhantomData })
+        let guardian = Guardian { pid: pid as i32, held, stays: false, _bound_to_thread: PhantomData };
+        // On a busy machine it may be long until it has its first turn, and with that its priority.
+        guardian.await_word(READY, 0)?;
+        Ok(guardian)
     }
 
     /// The image is complete: ends the processes, whatever becomes of us from here on.
@@ -127,30 +130,31 @@ impl Guardian {
         self.held.word(ORDER).store(order::END, Ordering::SeqCst);
         bind();
         self.held.let_go();
-        let answer = self.held.word(ANSWERED);
+        match self.await_word(ANSWERED, NONE)? {
+            0 => {
+                self.stays = true;
+                Ok(())
+            }
+            errno => Err(Errno::from_raw(errno.cast_signed())),
+        }
+    }
+
+    /// Waits until the child has written something else than `before`.
+    fn await_word(&self, index: usize, before: u32) -> Result<u32, Errno> {
+        let word = self.held.word(index);
         let patience = ANSWER;
         loop {
-            match answer.load(Ordering::SeqCst) {
-                0 => {
-                    self.stays = true;
-                    return Ok(());
-                }
-                NONE => {}
-                errno => return Err(Errno::from_raw(errno.cast_signed())),
+            let now = word.load(Ordering::SeqCst);
+            if now != before {
+                return Ok(now);
             }
             // SAFETY: FUTEX_WAIT on a word of ours, with a timeout; waitpid without a place for a status.
             unsafe {
-                libc::syscall(
-                    libc::SYS_futex,
-                    answer.as_ptr(),
-                    libc::FUTEX_WAIT,
-                    NONE,
-                    &raw const patience,
-                    0,
-                    0,
-                );
-                let gone = libc::waitpid(self.pid, std::ptr::null_mut(), libc::WNOHANG | libc::__WALL) != 0;
-                if gone && answer.load(Ordering::SeqCst) == NONE {
+                let patience = &raw const patience;
+                libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, before, patience, 0, 0);
+                if word.load(Ordering::SeqCst) == before
+                    && libc::waitpid(self.pid, std::ptr::null_mut(), libc::WNOHANG | libc::__WALL) != 0
+                {
                     return Err(Errno::ECHILD);
                 }
             }
@@ -177,9 +181,10 @@ impl Drop for Guardian {
     }
 }
 
-/// Words of the shared page: what the child is to do, and what came of it.
+/// Words of the shared page: what the child is to do, what came of it, and whether it stands ready.
 const ORDER: usize = 0;
 const ANSWERED: usize = 1;
+const READY: usize = 2;
 
 fn programs(options: &[Undo]) -> Vec<libc::sock_fprog> {
     options
@@ -257,6 +262,8 @@ impl Work<'_> {
                 from = fd + 1;
             }
             libc::syscall(libc::SYS_close_range, from, u32::MAX, 0);
+            self.held.word(READY).store(1, Ordering::SeqCst);
+            wake(self.held.word(READY));
             self.held.wait();
             if self.held.word(ORDER).load(Ordering::SeqCst) == order::END && self.end() {
                 let patience = PATIENCE;
@@ -282,10 +289,7 @@ impl Work<'_> {
             let signal = |fd: &i32, signal: i32| {
                 let sent = libc::syscall(libc::SYS_pidfd_send_signal, *fd, signal, 0, 0);
                 // One that is gone already has ended.
-                match if sent == 0 { 0 } else { *libc::__errno_location() } {
-                    libc::ESRCH => 0,
-                    errno => errno.cast_unsigned(),
-                }
+                if sent == 0 || *libc::__errno_location() != libc::EPERM { 0 } else { Errno::EPERM as u32 }
             };
             let mut failed = 0;
             for fd in self.processes {

@@ -28,6 +28,9 @@ const TCPOPT_TIMESTAMP: u32 = 8;
 const DROP_ALL: [u8; 8] = [6, 0, 0, 0, 0, 0, 0, 0];
 /// The name of such a process.
 const GUARDIAN: &[u8] = b"tcp-guardian";
+/// How long the addresses may take to become free, and how long for one who is told to let go of them.
+const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE_OF_ONE: Duration = Duration::from_millis(10);
 /// As much goes into a queue at once.
 const CHUNK: usize = 32 << 10;
 /// Bit of [`Connection::shutdown`].
@@ -75,12 +78,21 @@ pub(crate) fn make<'i>(
     // The instant in which neither has the addresses must be short: a segment of the peer would be answered. On a busy
     // machine others would have their turn in it.
     let urgent = Urgent::begin();
-    let relieved = relieve(local, remote);
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let mut relieved = relieve(local, remote);
+    let begin = Instant::now();
+    let mut next = PATIENCE_OF_ONE;
     loop {
         match inet::connect(&fd, remote, connection.scope) {
             Ok(()) => break,
-            Err(Errno::EADDRNOTAVAIL) if relieved && Instant::now() < deadline => std::thread::yield_now(),
+            Err(Errno::EADDRNOTAVAIL) if relieved && begin.elapsed() < PATIENCE => {
+                std::thread::yield_now();
+                // There may be another, of a dump that was killed.
+                if begin.elapsed() > next {
+                    relieved |= relieve(local, remote);
+                    next = begin.elapsed() + PATIENCE_OF_ONE;
+                }
+            }
+            Err(Errno::EADDRNOTAVAIL) => return Err(taken(what, local, remote)),
             Err(e) => return Err(inet::conflict(what, Some(local), "connect", e)),
         }
     }
@@ -137,12 +149,31 @@ impl Drop for Urgent {
     }
 }
 
+/// Somebody else has both addresses.
+fn taken(what: &str, local: SocketAddr, remote: SocketAddr) -> Error {
+    let socket = of(local, remote);
+    let by = match &socket {
+        Some(s) if s.inode != 0 => holder::of_socket(s.inode).unwrap_or_else(|| "another socket".into()),
+        Some(s) => format!("a socket that was closed (state {})", s.state),
+        None => "another socket, or this machine has not the address".into(),
+    };
+    Error::Conflict {
+        what: what.to_owned(),
+        why: format!("the connection from {local} to {remote} is held by {by}"),
+        remedy: "end whoever has it".into(),
+    }
+}
+
+fn of(local: SocketAddr, remote: SocketAddr) -> Option<sock_diag::InetSocket> {
+    let family = if local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let all = sock_diag::inet_sockets(family, libc::IPPROTO_TCP).unwrap_or_default();
+    all.into_iter().find(|s| s.local == local && s.remote == remote)
+}
+
 /// Ends the guardian that a dump on this machine has left behind to keep the peer from being answered: it has the
 /// addresses. All its sockets are closed with it, silently. Says whether there was one.
 fn relieve(local: SocketAddr, remote: SocketAddr) -> bool {
-    let family = if local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-    let all = sock_diag::inet_sockets(family, libc::IPPROTO_TCP).unwrap_or_default();
-    let socket = all.into_iter().find(|s| s.local == local && s.remote == remote && s.inode != 0);
+    let socket = of(local, remote).filter(|s| s.inode != 0);
     let Some(pid) = socket.and_then(|s| holder::pid_of_socket(s.inode)) else { return false };
     let Ok(pidfd) = fds::pidfd_open(pid) else { return false };
     if process::comm(pid, Tid(pid.0)).is_ok_and(|name| name == GUARDIAN) {

@@ -312,8 +312,18 @@ fn ends(victim: &mut Victim) -> Outcome {
 
 /// After a killed dump: the process goes on, or is restored from a complete image. Says which.
 fn settle(victim: &mut Victim, image: &Path) -> Outcome<bool> {
-    std::thread::sleep(Duration::from_millis(10));
-    let gone = matches!(state(victim.pid), None | Some('Z'));
+    // One that is to end needs a turn for it.
+    let (before, deadline) = (victim.count()?, Instant::now() + Duration::from_secs(60));
+    let gone = loop {
+        if matches!(state(victim.pid), None | Some('Z')) {
+            break true;
+        }
+        if victim.count()? >= before + 2 {
+            break false;
+        }
+        ensure!(Instant::now() < deadline, "it neither goes on nor ends");
+        std::thread::sleep(Duration::from_millis(2));
+    };
     if gone {
         victim.count()?;
         ensure!(image.join("manifest.tpr").exists(), "the process was ended without an image");
