@@ -8,6 +8,8 @@
 //! under inspection), and an error names the call, the object and the errno.
 
 pub mod abi;
+pub mod bpf;
+pub mod btf;
 pub mod cgroup;
 pub mod child;
 mod error;
@@ -15,6 +17,7 @@ pub mod fdinfo;
 pub mod fds;
 pub mod ids;
 pub mod igmp;
+pub mod io_uring;
 pub mod maps;
 pub mod memory;
 pub mod mountinfo;

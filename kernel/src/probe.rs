@@ -165,6 +165,11 @@ const ATTEMPTS: &[Attempt] = &[
         attempts::tcp_repair,
     ),
     (
+        "bpf_probe_read_kernel",
+        "what only the kernel knows of io_uring; without it, or without BTF, a process that has one is refused",
+        attempts::kernel_memory,
+    ),
+    (
         "membarrier registrations",
         "which membarrier commands are in use; without it they are taken from use of rseq",
         attempts::membarrier,
