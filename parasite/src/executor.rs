@@ -63,6 +63,16 @@ pub unsafe fn run_script(context: *mut Context) {
         let mut i = 0;
         while i < (*context).count {
             let op = ops.add(i as usize);
+            if (*op).kind == kind::AGAIN {
+                // The result counts how often it was done.
+                if ((*op).result as u64) < (*op).args[1] {
+                    (*op).result += 1;
+                    i = (*op).args[0] as u32;
+                } else {
+                    i += 1;
+                }
+                continue;
+            }
             let result = run_op(ops, op, base);
             (*op).result = result;
             let good = match (*op).expect {

@@ -224,6 +224,12 @@ impl Script {
         self.push(kind::COPY, purpose, 0, &[to.into(), from.into(), len.into()], expect::ANY, 0);
     }
 
+    /// Does all operations from `first` up to here `times` more often.
+    pub fn again(&mut self, purpose: impl Into<Cow<'static, str>>, first: OpId, times: u64) {
+        let args = [Value::Number(u64::from(first.0)), Value::Number(times)];
+        self.push(kind::AGAIN, purpose, 0, &args, expect::ANY, 0);
+    }
+
     /// Waits until the shared `word` is at least `value`.
     pub fn wait(&mut self, purpose: impl Into<Cow<'static, str>>, word: u32, value: u32) {
         self.push(kind::WAIT, purpose, 0, &[Value::Shared(word), value.into()], expect::ANY, 0);
@@ -463,6 +469,22 @@ mod tests {
         let (context, out) = run(&s);
         assert_eq!((context.state, context.failed), (wire::state::FAILED, 1));
         assert_eq!((out.result(bad), out.result(never)), (-9, 0));
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn operations_are_done_again() {
+        let mut s = Script::new();
+        let fds = s.reserve(8);
+        call!(s, "a pipe", PIPE, fds);
+        let byte = s.data(b"x");
+        let first = s.call_for("write", WRITE, &[Value::Word(fds.at(4)), byte.into(), 1.into()], 1);
+        s.again("more", first, 4);
+        let back = s.reserve(16);
+        s.call_for("read", READ, &[Value::Word(fds), back.into(), 16.into()], 5);
+        call!(s, "close", CLOSE, Value::Word(fds));
+        call!(s, "close", CLOSE, Value::Word(fds.at(4)));
+        assert_eq!(run(&s).0.state, wire::state::DONE);
     }
 
     #[test]

@@ -23,6 +23,8 @@ pub mod kind {
     /// clone3 with `args[1]` bytes of clone_args at `args[0]`; the child runs the context at `args[2]` on
     /// the stack of `args[4]` bytes at `args[3]`.
     pub const SPAWN: u32 = 5;
+    /// Goes back to operation `args[0]`, an earlier one, `args[1]` times before it goes on; both are numbers.
+    pub const AGAIN: u32 = 6;
 }
 
 /// What result an operation must have for the script to go on.
