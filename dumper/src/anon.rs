@@ -1,24 +1,12 @@
 //! Descriptors of anonymous inodes that cannot be dumped: why, and what to do about it.
-//!
-//! io_uring, of all of them what programs use most: which requests are under way is told for those that poll only
-//! (io_uring/fdinfo.c), so a ring at rest cannot be told from one with a timeout or a read pending. Its positions
-//! count all requests there ever were, and a new ring begins at zero.
-
-use torpor_kernel::fdinfo::Detail;
 
 use crate::collect::{Collector, stat_path};
 use crate::description::Found;
 
-const WITHOUT_IO_URING: &str = "start the program without (UV_USE_IO_URING=0 for Node.js), or for all programs: sysctl kernel.io_uring_disabled=2";
 const CLOSE_IT: &str = "close it before the dump";
 
 /// The beginning of a class, what it is, and why it is refused, and a remedy.
 const CLASSES: &[(&[u8], &str, &str)] = &[
-    (
-        b"[io_uring]",
-        "an io_uring: the kernel does not tell which of its requests are under way",
-        WITHOUT_IO_URING,
-    ),
     (
         b"[userfaultfd]",
         "a userfaultfd: the kernel does not tell which memory it watches",
@@ -63,15 +51,6 @@ const CLASSES: &[(&[u8], &str, &str)] = &[
 /// Refuses a descriptor of an anonymous inode.
 pub(crate) fn refuse(collector: &mut Collector, found: &Found, class: &[u8]) {
     let known = CLASSES.iter().find(|(begin, ..)| class.starts_with(begin));
-    if let Detail::IoUring(ring) = &found.info.detail {
-        let why = format!(
-            "an io_uring, with {} requests submitted, {} completions and {} polls under way: the kernel does not tell \
-             what else is under way",
-            ring.submitted, ring.completed, ring.polls
-        );
-        collector.refuse(found.title(), why, WITHOUT_IO_URING);
-        return;
-    }
     match known {
         Some((_, why, remedy)) => collector.refuse(found.title(), *why, remedy),
         None => {

@@ -29,7 +29,7 @@ use crate::restart::Restarts;
 use crate::scratch::{self, Files};
 use crate::stage::Stage;
 use crate::task::{self, Outside, Prepared};
-use crate::{inject, lease, sharing, survey, sysv, tcp, vma, workers};
+use crate::{inject, io_uring, lease, sharing, survey, sysv, tcp, vma, workers};
 
 /// Everything of a tree at one instant: it may go on, or be ended, whatever happens to this.
 #[derive(Debug)]
@@ -53,7 +53,7 @@ pub(crate) struct Captured<'s> {
 pub(crate) fn capture<'s>(
     stopped: &mut FrozenTree,
     hold: &mut Option<Hold>,
-    (opened, known, restarts): (&[Opened], &HashMap<Pid, Gadgets>, &Restarts),
+    (opened, known, restarts, rings): (&[Opened], &HashMap<Pid, Gadgets>, &Restarts, &io_uring::Watch),
     mut stage: Option<&'s mut Stage>,
     to: Destination,
     options: &Options<'_>,
@@ -65,6 +65,7 @@ pub(crate) fn capture<'s>(
     let mut collector = Collector::new(stopped.root().living(), false);
     (collector.tcp.policy, collector.tcp.runs_on) = (options.tcp, options.runs_on);
     collector.sockets.rules = options.external_unix.to_vec();
+    collector.rings = rings.rings();
     collector.members = stopped.processes.iter().map(|p| p.pid().0).collect();
     collector.files = Files::new(options.files.clone(), root)?;
     let shares = sharing::collect(&stopped.processes)?;
@@ -134,6 +135,7 @@ pub(crate) fn capture<'s>(
     collector.turn_to(root);
     scratch::decide(&mut collector, &tasks)?;
     lease::confirm(&mut collector, &tasks);
+    io_uring::refuse_unreachable(&mut collector, &tasks);
     if !collector.refusals.is_empty() {
         return Err(Error::Refused { pid: root, refusals: collector.refusals });
     }

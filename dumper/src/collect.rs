@@ -72,6 +72,8 @@ pub(crate) struct Collector {
     /// What was seen of System V IPC.
     pub(crate) sysv: crate::sysv::State,
     pub(crate) ptys: Ptys,
+    /// Rings of io_uring met so far.
+    pub(crate) rings: crate::io_uring::Rings,
     inodes: HashMap<(u64, u64), InodeId>,
     pipes: HashMap<(u64, u64), PipeId>,
     unix: Option<HashMap<u32, UnixSocket>>,
@@ -86,6 +88,7 @@ impl Collector {
             live,
             members: BTreeSet::from([pid.0]),
             ptys: Ptys::default(),
+            rings: crate::io_uring::Rings::default(),
             tcp: crate::tcp::Captures::default(),
             sockets: crate::unix::Sockets::default(),
             known: Vec::new(),

@@ -17,8 +17,8 @@ use crate::collect::{Collector, Known};
 use crate::error::{Error, Result};
 use crate::opened::Opened;
 use crate::{
-    anon, epoll, eventfd, inet, inode, inotify, lease, mqueue, netlink, packet, pidfd, pipe, raw, signalfd,
-    terminal, timerfd, udp, unix,
+    anon, epoll, eventfd, inet, inode, inotify, io_uring, lease, mqueue, netlink, packet, pidfd, pipe, raw,
+    signalfd, terminal, timerfd, udp, unix,
 };
 
 /// fcntl commands libc has no names for (asm-generic/fcntl.h).
@@ -114,7 +114,7 @@ pub(crate) fn collect(collector: &mut Collector, all: Vec<Vec<Found>>) -> Result
     }
     let owner = same_description(collector, &all)?;
     let mut ids: HashMap<usize, Option<DescriptionId>> = HashMap::new();
-    let mut sets = Vec::new();
+    let (mut sets, mut rings) = (Vec::new(), Vec::new());
     let mut tables = Vec::with_capacity(counts.len());
     let mut next = 0;
     for count in counts {
@@ -130,8 +130,11 @@ pub(crate) fn collect(collector: &mut Collector, all: Vec<Vec<Found>>) -> Result
                         Err(Error::Kernel { source, .. }) if collector.live && closed(&source) => None,
                         id => id?,
                     };
-                    if let (Some(id), Detail::Epoll(_)) = (id, &all[first].info.detail) {
-                        sets.push((id, first));
+                    let kind = id.map(|id| (id, &collector.objects.descriptions[id.0 as usize].kind));
+                    match kind {
+                        Some((id, Kind::Epoll(_))) => sets.push((id, first)),
+                        Some((id, Kind::IoUring(_))) => rings.push((id, &all[first])),
+                        _ => {}
                     }
                     ids.insert(first, id);
                     id
@@ -154,6 +157,9 @@ pub(crate) fn collect(collector: &mut Collector, all: Vec<Vec<Found>>) -> Result
     unix::resolve(collector, &ends)?;
     let known: Vec<(Pid, i32, DescriptionId)> =
         all.iter().enumerate().filter_map(|(i, f)| Some((f.pid, f.fd, ids[&owner[i]]?))).collect();
+    let whose: Vec<(&Found, DescriptionId)> =
+        all.iter().enumerate().filter_map(|(i, f)| Some((f, ids[&owner[i]]?))).collect();
+    io_uring::resolve(collector, &rings, &whose);
     for (id, i) in sets {
         collector.turn_to(all[i].pid);
         let targets = epoll::targets(collector, &all[i], &known);
@@ -280,6 +286,8 @@ fn kind(
             Detail::Epoll(_) => Ok(Some(epoll::collect())),
             Detail::Inotify(watches) => inotify::collect(collector, found, watches),
             Detail::Pidfd { pid, .. } => Ok(pidfd::collect(collector, found, *pid)),
+            // Nothing is told of one while a call has it locked.
+            _ if class == b"[io_uring]" => io_uring::collect(collector, found),
             _ if class == b"inotify" => inotify::collect(collector, found, &[]),
             _ if class == b"[eventpoll]" => Ok(Some(epoll::collect())),
             _ => {

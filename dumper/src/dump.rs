@@ -22,7 +22,7 @@ use crate::stage::Stage;
 use crate::survey::{self, Survey};
 use crate::tcp::{self, TcpPolicy};
 use crate::unix::{self, ExternalUnix};
-use crate::{inotify, netlink, pty};
+use crate::{inotify, io_uring, netlink, pty};
 
 /// How often the freeze is put off for programs to take in what a dump would lose: 127 ms in all.
 const MOMENTS: u32 = 7;
@@ -104,6 +104,7 @@ pub struct Frozen {
     opened: Vec<Opened>,
     gadgets: HashMap<Pid, Gadgets>,
     restarts: Restarts,
+    rings: io_uring::Watch,
     stage: Option<Stage>,
 }
 
@@ -183,6 +184,7 @@ impl Target {
     pub fn freeze(&self, runs_on: bool) -> Result<Frozen> {
         let stage = Stage::for_bytes(self.anonymous, runs_on);
         let restarts = Restarts::look(self.survey.processes.iter().map(|p| p.pid));
+        let rings = io_uring::Watch::of(&self.survey);
         let mut known = self.known.clone();
         let mut starts = 0;
         let mut moments = 0;
@@ -193,14 +195,16 @@ impl Target {
             }
             let pids: Vec<Pid> = stopped.processes.iter().map(Stopped::living).collect();
             let opened = Opened::read_all(&pids)?;
-            if moments < MOMENTS && busy(&opened) {
+            if moments < MOMENTS && (busy(&opened) || rings.busy()) {
                 stopped.release();
                 std::thread::sleep(std::time::Duration::from_millis(1 << moments));
                 moments += 1;
                 continue;
             }
             match self.gadgets_of(&stopped, &mut known) {
-                Ok(gadgets) => return Ok(Frozen { hold: None, stopped, opened, gadgets, restarts, stage }),
+                Ok(gadgets) => {
+                    return Ok(Frozen { hold: None, stopped, opened, gadgets, restarts, rings, stage });
+                }
                 Err(e) if starts == STARTS => return Err(e),
                 // One has executed another program since, which may have mapped no libc yet.
                 Err(_) => {
@@ -237,7 +241,7 @@ impl Frozen {
         capture(
             &mut self.stopped,
             &mut self.hold,
-            (&self.opened, &self.gadgets, &self.restarts),
+            (&self.opened, &self.gadgets, &self.restarts, &self.rings),
             self.stage.as_mut(),
             to,
             options,
@@ -248,8 +252,9 @@ impl Frozen {
     /// Writes an image of the tree, letting it go on as soon as it has been captured: a small one before its
     /// image is written.
     pub fn dump_and_resume(mut self, to: Destination, options: &Options<'_>) -> Result<Dumped> {
-        let Frozen { hold, stopped, opened, gadgets, restarts, stage } = &mut self;
-        let captured = capture(stopped, hold, (opened, gadgets, restarts), stage.as_mut(), to, options)?;
+        let Frozen { hold, stopped, opened, gadgets, restarts, rings, stage } = &mut self;
+        let known = (&opened[..], &*gadgets, &*restarts, &*rings);
+        let captured = capture(stopped, hold, known, stage.as_mut(), to, options)?;
         stopped.release();
         captured.finish(options)
     }

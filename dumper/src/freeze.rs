@@ -55,6 +55,8 @@ pub(crate) struct FrozenTree {
 pub(crate) struct Frozen {
     pid: Pid,
     threads: Vec<FrozenThread>,
+    /// Threads that work for its rings of io_uring: the kernel's own, which run no program.
+    workers: Vec<Tid>,
     /// Signals that were taken off a thread while it ran for us, to be sent again.
     pub(crate) resend: Vec<(Tid, i32)>,
     gone: bool,
@@ -221,13 +223,23 @@ fn stop_all(processes: &mut [Frozen]) -> Result<Option<(Pid, Tid)>> {
 
 impl Frozen {
     fn new(pid: Pid) -> Self {
-        Frozen { pid, threads: Vec::new(), resend: Vec::new(), gone: false, _bound_to_thread: PhantomData }
+        Frozen {
+            pid,
+            threads: Vec::new(),
+            workers: Vec::new(),
+            resend: Vec::new(),
+            gone: false,
+            _bound_to_thread: PhantomData,
+        }
     }
 
     /// Threads that have not been seized yet.
     fn unknown_threads(&self) -> Result<Vec<Tid>> {
         match process::tasks(self.pid) {
-            Ok(all) => Ok(all.into_iter().filter(|t| !self.threads.iter().any(|f| f.tid == *t)).collect()),
+            Ok(mut all) => {
+                all.retain(|t| !self.workers.contains(t) && !self.threads.iter().any(|f| f.tid == *t));
+                Ok(all)
+            }
             Err(e) if e.is_gone() => Ok(Vec::new()),
             Err(e) => Err(Error::kernel(self.pid, "listing its threads")(e)),
         }
@@ -240,6 +252,13 @@ impl Frozen {
     /// Attaches to a thread; false when it has ended.
     fn seize(&mut self, tid: Tid) -> Result<bool> {
         let pid = self.pid;
+        // Such a thread can be attached to and does not stop, and what it waits for is interrupted.
+        // It has no robust list, as those of libc have, which is asked in less time than for its flags.
+        let listed = || process::robust_list(tid).is_ok_and(|(head, _)| head != 0);
+        if tid != pid.leader() && !listed() && process::is_io_worker(pid, tid) {
+            self.workers.push(tid);
+            return Ok(false);
+        }
         match ptrace::seize(tid, OPTIONS) {
             Ok(()) => {
                 self.threads.push(FrozenThread { tid, group_stop: None });

@@ -33,6 +33,7 @@ mod inet;
 mod inject;
 mod inode;
 mod inotify;
+mod io_uring;
 mod ip;
 mod lease;
 mod mark;

@@ -94,7 +94,9 @@ fn refuse_flags(collector: &mut Collector, mapping: &Mapping) {
     const REMEDY: &str = "unmap it before the dump";
     for word in &mapping.flags.words {
         let word = std::str::from_utf8(word).unwrap_or("??");
-        if PLAIN.contains(&word) || ADVICE.iter().any(|(w, _)| *w == word) {
+        // Memory of single pages of the kernel's, as that of rings is.
+        let mixed = word == "mm" && crate::io_uring::is_mapped(mapping);
+        if mixed || PLAIN.contains(&word) || ADVICE.iter().any(|(w, _)| *w == word) {
             continue;
         }
         let what = REFUSED.iter().find(|(w, _)| *w == word).map(|(_, what)| (*what).to_owned());
@@ -142,6 +144,9 @@ fn target(collector: &mut Collector, mapping: &Mapping) -> Result<Option<Maps>> 
         }
         Kind::Aio => refuse(collector, "a ring of io_setup"),
         Kind::AnonHugepage => refuse(collector, "memory of explicit huge pages"),
+        Kind::AnonInode(_) if crate::io_uring::is_mapped(mapping) => {
+            Ok(crate::io_uring::mapped(collector, mapping, &title(mapping)))
+        }
         Kind::AnonInode(class) => {
             let what = format!("a mapping of `{}`", String::from_utf8_lossy(class));
             refuse(collector, &what)

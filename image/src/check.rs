@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::description::Kind;
 use crate::extent::{Extents, PAGE, Record, Where};
 use crate::inode::Source;
+use crate::io_uring::AREAS;
 use crate::manifest::Manifest;
 use crate::pty::Side;
 use crate::read::Image;
@@ -248,6 +249,14 @@ fn objects(image: &Image) -> Result<()> {
                 return bad(format!("description {i} is a pidfd of a process that is not in the image"));
             }
             Kind::Mqueue(id) => known("objects.tpr", "message queue", id.0, objects.mqueues.len())?,
+            Kind::IoUring(ring) => {
+                if let Some(what) = ring.damage() {
+                    return bad(format!("description {i}, an io_uring, has {what}"));
+                }
+                for id in ring.references() {
+                    self::description(image, "objects.tpr", id)?;
+                }
+            }
             Kind::Terminal(terminal) if !matches!(terminal.termios.len(), 0 | TERMIOS) => {
                 return bad(format!("description {i} has impossible terminal settings"));
             }
@@ -325,6 +334,15 @@ fn task(image: &Image, task: &Task) -> Result<()> {
                 let beyond = offset + vma.len() > object.size.next_multiple_of(PAGE);
                 if (object.is_shared_memory() || object.segment().is_some()) && (beyond || vma.private()) {
                     return bad(format!("area {:x} maps more than its shared memory has", vma.start));
+                }
+            }
+            Mapping::Ring { ring, area } => {
+                description(image, &file, *ring)?;
+                let Kind::IoUring(of) = &image.objects.descriptions[ring.0 as usize].kind else {
+                    return bad(format!("area {:x} maps a ring that is none", vma.start));
+                };
+                if !AREAS.contains(area) || vma.len() > of.area(*area) {
+                    return bad(format!("area {:x} maps an impossible part of its ring", vma.start));
                 }
             }
             Mapping::Anonymous { .. } | Mapping::Kernel { .. } => {}

@@ -8,6 +8,7 @@ use crate::eventfd::EventFd;
 use crate::inet::InetSocket;
 use crate::inode::Inode;
 use crate::inotify::Inotify;
+use crate::io_uring::IoUring;
 use crate::lock::{Flock, Lease, OfdLock};
 use crate::mqueue::Mqueue;
 use crate::netlink::NetlinkSocket;
@@ -111,6 +112,8 @@ pub enum Kind {
     Mqueue(MqueueId),
     /// An end of a pseudo terminal.
     Pty(PtyEnd),
+    /// io_uring_setup(2)
+    IoUring(Box<IoUring>),
 }
 
 /// fcntl(F_SETOWN_EX) and F_SETSIG
@@ -146,6 +149,7 @@ impl Kind {
             Kind::Mqueue(_) => "message queue",
             Kind::Pty(end) if end.side == Side::Master => "pseudo-terminal master",
             Kind::Pty(_) => "pseudo terminal",
+            Kind::IoUring(_) => "io_uring",
         }
     }
 }

@@ -23,6 +23,7 @@ pub mod header;
 pub mod inet;
 pub mod inode;
 pub mod inotify;
+pub mod io_uring;
 pub mod ip;
 pub mod lock;
 pub mod manifest;

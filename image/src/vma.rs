@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Bytes, InodeId};
+use crate::{Bytes, DescriptionId, InodeId};
 
 /// One area of an address space.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,6 +49,13 @@ pub enum Mapping {
         /// Whether `PROT_WRITE` may be given to it: its descriptor was open for writing.
         may_write: bool,
     },
+    /// Queues of an io_uring, shared with the kernel.
+    Ring {
+        /// The ring.
+        ring: DescriptionId,
+        /// Which of its queues: one of [`crate::io_uring::AREAS`].
+        area: u64,
+    },
     /// Memory of the kernel's own, by its name: `[vdso]`, `[vvar]`.
     Kernel {
         /// The name.
@@ -87,7 +94,7 @@ impl Vma {
     /// `rwxp` as in /proc/PID/maps.
     pub fn permissions(&self) -> String {
         let bit = |mask, c| if self.protection & mask != 0 { c } else { '-' };
-        let shared = matches!(self.mapping, Mapping::Shared { .. });
+        let shared = matches!(self.mapping, Mapping::Shared { .. } | Mapping::Ring { .. });
         [bit(1, 'r'), bit(2, 'w'), bit(4, 'x'), if shared { 's' } else { 'p' }].into_iter().collect()
     }
 }

@@ -197,6 +197,8 @@ const _: () = assert!(size_of::<uffdio_api>() == 24);
 pub const PF_EXITING: u32 = 0x0000_0004;
 /// include/linux/sched.h (shown in /proc/PID/stat): a kernel thread.
 pub const PF_KTHREAD: u32 = 0x0020_0000;
+/// A thread that the kernel made for a ring of io_uring.
+pub const PF_IO_WORKER: u32 = 0x0000_0010;
 
 // include/uapi/linux/ioprio.h
 

@@ -94,7 +94,7 @@ pub enum Detail {
 }
 
 /// State of an io_uring (io_uring/fdinfo.c).
-#[derive(Copy, Clone, Eq, PartialEq, Debug, Default)]
+#[derive(Clone, Eq, PartialEq, Debug, Default)]
 pub struct IoUring {
     /// Entries of the submission queue, less one.
     pub sq_mask: u32,
@@ -110,8 +110,8 @@ pub struct IoUring {
     pub files: u32,
     /// How many buffers are registered.
     pub buffers: u32,
-    /// How many requests wait for something by polling.
-    pub polls: u32,
+    /// Kinds of the requests that wait for something by polling.
+    pub polls: Vec<u32>,
 }
 
 /// State of a timerfd.
@@ -289,8 +289,8 @@ fn add(info: &mut FdInfo, line: &[u8]) -> Option<()> {
         return fanotify_line(info, line);
     }
     // `  op=6, task_works=0`, below `PollList:`
-    if line.starts_with(b"  op=") {
-        io_uring(info)?.polls += 1;
+    if let Some(rest) = line.strip_prefix(b"  op=") {
+        io_uring(info)?.polls.push(number(rest.split(|b| *b == b',').next()?)?);
         return Some(());
     }
     let Some((key, value)) = key_value(line) else {

@@ -265,6 +265,11 @@ pub fn is_kernel_thread(pid: Pid) -> Result<bool> {
     Ok(stat::of_process(pid)?.flags & abi::PF_KTHREAD != 0)
 }
 
+/// Whether a thread works for a ring of io_uring (`iou-wrk-PID`, `iou-sqp-PID`): it runs no program.
+pub fn is_io_worker(pid: Pid, tid: Tid) -> bool {
+    stat::of_task(pid, tid).is_ok_and(|stat| stat.flags & abi::PF_IO_WORKER != 0)
+}
+
 /// The name of the process or thread that has this number. A number may also be taken as that of a process group or
 /// session whose leader is gone; then nobody is found.
 pub fn who_holds(number: i32) -> Option<String> {

@@ -16,8 +16,8 @@ use crate::late::{self, Moment};
 use crate::open::Opener;
 use crate::plan::{Open, Planner};
 use crate::{
-    eventfd, inet, inode, inotify, lock, mqueue, netlink, packet, pidfd, pipe, pty, raw, signalfd, terminal,
-    timerfd, udp, unix,
+    eventfd, inet, inode, inotify, io_uring, lock, mqueue, netlink, packet, pidfd, pipe, pty, raw, signalfd,
+    terminal, timerfd, udp, unix,
 };
 
 /// asm-generic/fcntl.h
@@ -205,6 +205,7 @@ pub(crate) fn open(opener: &mut Opener<'_>, id: DescriptionId) -> Result<OwnedFd
         Kind::Packet(socket) => packet::open(&what, socket)?,
         Kind::PidFd(pidfd) => pidfd::of(&what, pidfd, description.flags)?,
         Kind::Pty(end) => pty::open(opener, &what, id, end)?,
+        Kind::IoUring(ring) => io_uring::open(opener, &what, id, ring)?,
     };
     if !matches!(description.kind, Kind::Terminal(_)) && description.flags & libc::O_PATH as u32 == 0 {
         settle(&what, &fd, description)?;

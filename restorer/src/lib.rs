@@ -30,6 +30,7 @@ mod host;
 mod inet;
 mod inode;
 mod inotify;
+mod io_uring;
 mod ip;
 mod kept;
 mod late;

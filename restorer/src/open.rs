@@ -48,6 +48,8 @@ pub(crate) struct Opener<'i> {
     pub(crate) seals: BTreeMap<InodeId, u32>,
     /// Terminals of ours that the tree gets.
     pub(crate) terminals: Vec<Lent>,
+    /// Rings of io_uring.
+    pub(crate) rings: crate::io_uring::Rings,
     /// Pseudo terminals.
     pub(crate) ptys: HashMap<PtyId, Pair>,
     pub(crate) progress: Option<&'i (dyn Fn(u64) + Sync)>,
@@ -76,6 +78,7 @@ impl<'i> Opener<'i> {
             files: Made::default(),
             seals: BTreeMap::new(),
             terminals: Vec::new(),
+            rings: HashMap::new(),
             ptys: HashMap::new(),
             progress,
         }
@@ -157,6 +160,7 @@ impl<'i> Opener<'i> {
         self.sysv.attached.clear();
         self.tcp = None;
         self.ptys.clear();
+        self.rings.clear();
         self.late = crate::late::Late::default();
         self.unix = crate::unix::Made::default();
     }

@@ -25,8 +25,8 @@ use crate::host::Host;
 use crate::lineage::{Lineage, Origin, Role, Stage};
 use crate::vma::{Begin, Early};
 use crate::{
-    description, epoll, late, lease, lock, memory, mqueue, print, signal, sysv_sem, sysv_shm, task, terminal,
-    thread, timer, vma,
+    description, epoll, io_uring, late, lease, lock, memory, mqueue, print, signal, sysv_sem, sysv_shm, task,
+    terminal, thread, timer, vma,
 };
 
 /// Bytes before the contexts, for the shared words.
@@ -354,6 +354,7 @@ fn fill(
     place: Place,
     scratch: &BTreeMap<InodeId, u64>,
 ) {
+    io_uring::map(script, planner, task, areas, begins, place, scratch);
     vma::map(script, planner, task, areas, begins, scratch);
     sysv_shm::plan(script, planner.image, areas, begins, place.segments);
     memory::fill(script, planner, task, areas, begins);
@@ -429,6 +430,7 @@ fn plan_task(
 
     let mut script = Script::new();
     late::plan(&mut script, image, task);
+    io_uring::plan(&mut script, planner, index, task.pid)?;
     epoll::plan(&mut script, image, index, None)?;
     description::owners(&mut script, planner, task, true);
     lock::plan(&mut script, image, task, true);
@@ -454,10 +456,11 @@ fn plan_task(
         .map(|t| {
             let mut script = Script::new();
             script.wait("the signal to begin", word::THREADS, 1);
+            io_uring::plan(&mut script, planner, index, t.tid)?;
             thread::plan(&mut script, task, t, host);
-            script
+            Ok(script)
         })
-        .collect();
+        .collect::<Result<_>>()?;
     Ok(TaskPlan {
         index,
         first_thread,

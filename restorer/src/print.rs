@@ -36,6 +36,7 @@ pub(crate) fn name(image: &Image, open: &Open) -> String {
                     let queue = &image.objects.mqueues[id.0 as usize];
                     format!("{} with {} messages", queue.name, queue.messages.len())
                 }
+                Kind::IoUring(ring) => ring.summary(),
                 Kind::Inotify(i) => format!("{} watches", i.watches.len()),
                 Kind::Pty(end) => image.objects.ptys[end.pty.0 as usize].path.to_string(),
                 _ => String::new(),

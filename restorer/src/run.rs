@@ -21,7 +21,7 @@ use crate::host::Host;
 use crate::late::{self, Moment};
 use crate::open::Opener;
 use crate::plan::{Layout, Open, Plan, SHARED, TaskPlan, layout, plan};
-use crate::{directory, inode, mqueue, rules, sysv, terminal, unix};
+use crate::{directory, inode, io_uring, mqueue, rules, sysv, terminal, unix};
 
 /// How often a plan is made anew when its place in our memory was taken meanwhile.
 const ATTEMPTS: u32 = 8;
@@ -205,6 +205,7 @@ impl Building<'_> {
                 }
                 late::make(&mut self.opener, Moment::Threads)?;
                 unix::deliver_late(&mut self.opener, slots, Moment::Threads)?;
+                io_uring::register_all(&mut self.opener, slots)?;
                 arena.go(word::THREADS);
             } else if phase == after + 1 {
                 self.finish_threads(plan, layout, arena)?;
@@ -216,6 +217,7 @@ impl Building<'_> {
         inode::seal(&self.opener)?;
         rules::put_all_back(&mut self.opener)?;
         self.complete_all(plan, layout, arena)?;
+        io_uring::settle(&mut self.opener)?;
         sysv::settle(&mut self.opener)?;
         mqueue::settle(&mut self.opener)?;
         Ok(())

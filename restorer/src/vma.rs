@@ -190,7 +190,8 @@ pub(crate) fn map(
             continue;
         }
         match &vma.mapping {
-            Mapping::Kernel { .. } => {}
+            // Those of rings are there already.
+            Mapping::Kernel { .. } | Mapping::Ring { .. } => {}
             Mapping::Anonymous { .. } => {
                 let flags = libc::MAP_PRIVATE
                     | libc::MAP_ANONYMOUS
@@ -325,6 +326,7 @@ pub(crate) fn title(vma: &Vma, image: &Image) -> String {
     let what = match &vma.mapping {
         Mapping::Anonymous { .. } => "anonymous".to_owned(),
         Mapping::Kernel { name } => name.to_string(),
+        Mapping::Ring { .. } => "io_uring".to_owned(),
         Mapping::Private { inode, .. } | Mapping::Shared { inode, .. } => {
             image.objects.inodes[inode.0 as usize].name()
         }

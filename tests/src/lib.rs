@@ -365,8 +365,9 @@ impl Victim {
         loop {
             let said = run_torpor(&args)?;
             // What a victim does to look at itself may be refused; it does so for a moment only.
-            let passing =
-                ["files of /proc", "tcp socket", "is connected to"].iter().any(|w| said.text.contains(w));
+            let passing = ["files of /proc", "tcp socket", "is connected to", "its registered file"]
+                .iter()
+                .any(|w| said.text.contains(w));
             if said.code() == 5 && passing && tries < 10 {
                 tries += 1;
                 self.ticks(1)?;

@@ -7,6 +7,7 @@ mod connections;
 mod faults;
 mod files;
 mod golden;
+mod io_uring;
 mod ipc;
 mod pty;
 mod refusals;
@@ -32,6 +33,7 @@ fn main() {
     trials.extend(unix::trials());
     trials.extend(refusals::trials());
     trials.extend(pty::trials());
+    trials.extend(io_uring::trials());
     if !torpor_tests::is_root() {
         eprintln!("not root: tests that need it are ignored");
         trials = trials.into_iter().map(|t| t.with_ignored_flag(true)).collect();

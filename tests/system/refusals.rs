@@ -7,7 +7,6 @@ const REFUSED: i32 = 5;
 
 /// What the victim owns, and words of what is said: about the object, and what to do.
 const ALL: &[(&str, &[&str])] = &[
-    ("io_uring", &["anon_inode:[io_uring]", "under way", "kernel.io_uring_disabled"]),
     ("userfaultfd", &["anon_inode:[userfaultfd]", "which memory it watches", "closed"]),
     ("perf_event", &["anon_inode:[perf_event]", "counts", "stop profiling"]),
     ("fanotify", &["anon_inode:[fanotify]", "stop the watch"]),

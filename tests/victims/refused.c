@@ -17,7 +17,6 @@ int main(int argc, char **argv) {
     begin(argc, argv);
     const char *what = argv[3]; int fd = -1;
 #define IS(n) if (!strcmp(what, n))
-    IS("io_uring") { char p[120] = {0}; fd = syscall(425, 8, p); }
     IS("userfaultfd") fd = syscall(SYS_userfaultfd, 0);
     IS("perf_event") { struct perf_event_attr a = {.type = PERF_TYPE_SOFTWARE, .size = sizeof a, .config = PERF_COUNT_SW_TASK_CLOCK}; fd = syscall(SYS_perf_event_open, &a, 0, -1, -1, 0); }
     IS("fanotify") fd = fanotify_init(FAN_CLASS_NOTIF, O_RDONLY);

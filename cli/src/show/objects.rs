@@ -88,6 +88,7 @@ fn what(image: &Image, description: &Description) -> String {
         Kind::Udp(udp) => udp.summary(),
         Kind::Raw(raw) => raw.summary(),
         Kind::Netlink(netlink) => netlink.summary(),
+        Kind::IoUring(ring) => ring.summary(),
         Kind::Packet(packet) => packet.summary(),
         Kind::PidFd(pidfd) => match pidfd.pid {
             Some(pid) => format!("of pid {pid}"),

@@ -79,7 +79,7 @@ fn place(image: &Image, task: &Task, address: u64) -> String {
     match &vma.mapping {
         Mapping::Private { inode, offset } | Mapping::Shared { inode, offset, .. } => file(inode.0, *offset),
         Mapping::Kernel { name } => format!("{name}+{inside:#x}"),
-        Mapping::Anonymous { .. } => format!("{address:#x}"),
+        Mapping::Anonymous { .. } | Mapping::Ring { .. } => format!("{address:#x}"),
     }
 }
 
@@ -185,6 +185,7 @@ fn memory(image: &Image, task: &Task) -> String {
                 (bytes, at(inode_name(image, inode.0), *offset))
             }
             Mapping::Kernel { name } => (0, name.text().into_owned()),
+            Mapping::Ring { ring, area } => (0, at(format!("io_uring, description {ring}"), *area)),
         };
         let content = if content == 0 { "-".into() } else { output::bytes(content) };
         let what = [what, extras(vma)].into_iter().filter(|s| !s.is_empty()).collect::<Vec<_>>().join(", ");

@@ -133,7 +133,7 @@ fn io_uring() {
         poller: None,
         files: 1,
         buffers: 2,
-        polls: 1,
+        polls: vec![6],
     };
     assert_eq!(info.detail, Detail::IoUring(ring));
     assert!(matches!(with("SqThread:\t42\n").detail, Detail::IoUring(IoUring { poller: Some(42), .. })));
