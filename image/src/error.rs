@@ -8,7 +8,7 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum Error {
     /// A file operation failed.
-    #[error("cannot {operation} `{}`: {source}", path.display())]
+    #[error("cannot {operation} `{}`: {source}{}", path.display(), advice(operation, source))]
     File {
         /// What was tried.
         operation: &'static str,
@@ -26,6 +26,23 @@ pub enum Error {
     /// The directory of a new dump holds an image already.
     #[error("`{}` already holds an image; name another directory, or remove that image first", path.display())]
     Occupied {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The directory of a new dump has files that only an image has.
+    #[error(
+        "`{}` has `{name}` in it, as of an image that has lost its manifest; name another directory, or remove it",
+        path.display()
+    )]
+    Remains {
+        /// The directory.
+        path: PathBuf,
+        /// One of them.
+        name: String,
+    },
+    /// Another dump goes into the same directory at this moment.
+    #[error("another dump is being written to `{}`; name another directory", path.display())]
+    Busy {
         /// The directory.
         path: PathBuf,
     },
@@ -76,6 +93,25 @@ impl Error {
 
     pub(crate) fn damaged(file: &str, what: impl Into<String>) -> Self {
         Error::Damaged { file: file.to_owned(), what: what.into() }
+    }
+}
+
+/// What can be done about a failed file operation, where its error tells the cause: to follow the message.
+fn advice(operation: &str, error: &io::Error) -> &'static str {
+    use io::ErrorKind as Kind;
+    const EMFILE: i32 = 24;
+    let reading = matches!(operation, "find" | "open" | "stat" | "read");
+    match error.kind() {
+        Kind::NotFound if reading => "; take the image from its source again",
+        Kind::NotFound => "; make the directories above it first",
+        Kind::NotADirectory if !reading => "; name a directory",
+        Kind::PermissionDenied if reading => "; run torpor as a user who may read it",
+        Kind::PermissionDenied => "; name a directory that this user may write to",
+        Kind::StorageFull | Kind::QuotaExceeded => "; make room there, or name a directory elsewhere",
+        Kind::ReadOnlyFilesystem => "; name a directory on a file system that is mounted for writing",
+        Kind::FileTooLarge => "; raise the limit of file sizes (`ulimit -f`)",
+        _ if error.raw_os_error() == Some(EMFILE) => "; raise the limit of open files (`ulimit -n`)",
+        _ => "",
     }
 }
 

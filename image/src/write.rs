@@ -4,7 +4,7 @@
 //! manifest last. A dump that died leaves nothing that looks like an image; what it does leave is removed
 //! by the next dump into the same directory, which can tell by the lock that nobody holds any more.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
@@ -28,6 +28,8 @@ pub struct ImageWriter {
     made_dir: bool,
     partial: PathBuf,
     lock: Option<File>,
+    /// Keeps other dumps out of `dir`.
+    alone: Option<File>,
     files: Vec<ImageFile>,
     index: Vec<u8>,
     fsync: bool,
@@ -51,6 +53,7 @@ impl ImageWriter {
     }
 
     fn prepare(dir: &Path, made_dir: bool, fsync: bool) -> Result<Self> {
+        let alone = alone_in(dir)?;
         if dir.join(Manifest::FILE).symlink_metadata().is_ok() {
             return Err(Error::Occupied { path: dir.to_owned() });
         }
@@ -62,6 +65,7 @@ impl ImageWriter {
             made_dir,
             partial,
             lock: None,
+            alone,
             files: Vec::new(),
             index: Vec::new(),
             fsync,
@@ -124,16 +128,22 @@ impl ImageWriter {
         manifest.files = std::mem::take(&mut self.files);
         let body = encode("the manifest", &manifest)?;
         self.write(Manifest::FILE, Kind::Manifest, &body)?;
-        let names = manifest.files.iter().map(|f| f.name.as_str()).chain([Manifest::FILE]);
-        for name in names {
+        let names = || manifest.files.iter().map(|f| f.name.as_str()).chain([Manifest::FILE]);
+        for (done, name) in names().enumerate() {
             let to = self.dir.join(name);
-            fs::rename(self.partial.join(name), &to).map_err(Error::file("rename", &to))?;
+            if let Err(e) = fs::rename(self.partial.join(name), &to) {
+                for name in names().take(done) {
+                    let _best_effort = fs::remove_file(self.dir.join(name));
+                }
+                return Err(Error::file("rename", &to)(e));
+            }
         }
         if self.fsync {
             let dir = File::open(&self.dir).map_err(Error::file("open", &self.dir))?;
             dir.sync_all().map_err(Error::file("fsync", &self.dir))?;
         }
         self.made_dir = false;
+        drop(self.alone.take());
         Ok(manifest)
     }
 
@@ -226,11 +236,33 @@ fn encode<T: Serialize>(what: &'static str, value: &T) -> Result<Vec<u8>> {
     rmp_serde::to_vec_named(value).map_err(|e| Error::Encode { what, why: e.to_string() })
 }
 
+/// Keeps other dumps out of `dir` as long as what it gives is open; where a file system has no locks, nothing does.
+fn alone_in(dir: &Path) -> Result<Option<File>> {
+    // Only a directory: to open anything else may block.
+    drop(fs::read_dir(dir).map_err(Error::file("list", dir))?);
+    let file = File::open(dir).map_err(Error::file("list", dir))?;
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => Err(Error::Busy { path: dir.to_owned() }),
+        locked => Ok(locked.is_ok().then_some(file)),
+    }
+}
+
+/// Whether this is the name of a file of an image, which must not be overwritten: an image without its manifest may be
+/// all that is left of a process.
+fn is_of_image(name: &str) -> bool {
+    let number = |name: &str| Some(name.strip_prefix("pages-")?.strip_suffix(".dat")?.parse::<u32>().is_ok());
+    name == "pages.idx" || name.ends_with(".tpr") || number(name) == Some(true)
+}
+
 /// Removes what dumps that died have left in `dir`.
 fn remove_abandoned(dir: &Path) -> Result<()> {
     for entry in fs::read_dir(dir).map_err(Error::file("list", dir))? {
         let entry = entry.map_err(Error::file("list", dir))?;
         let path = entry.path();
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if is_of_image(&name) {
+            return Err(Error::Remains { path: dir.to_owned(), name });
+        }
         if !entry.file_name().to_string_lossy().starts_with(PARTIAL) {
             continue;
         }
@@ -248,4 +280,56 @@ fn unique() -> u64 {
     use std::sync::atomic::{AtomicU64, Ordering};
     static NEXT: AtomicU64 = AtomicU64::new(0);
     NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn manifest() -> Manifest {
+        Manifest {
+            torpor: String::new(),
+            taken_at: 0,
+            host: Default::default(),
+            root: crate::Pid(1),
+            tasks: Vec::new(),
+            zombies: Vec::new(),
+            files: Vec::new(),
+            ran_on: false,
+            not_captured: Vec::new(),
+            times: Default::default(),
+        }
+    }
+
+    #[test]
+    fn a_directory_is_for_one_image() {
+        let dir = std::env::temp_dir().join(format!("torpor-write-{}", std::process::id()));
+        let first = ImageWriter::create(&dir, false).unwrap();
+        assert!(matches!(ImageWriter::create(&dir, false), Err(Error::Busy { .. })));
+        drop(first);
+        assert!(!dir.exists(), "it left a directory");
+        fs::create_dir(&dir).unwrap();
+        for name in ["pages-0.dat", "pages.idx", "task-7.tpr"] {
+            fs::write(dir.join(name), "all that is left").unwrap();
+            assert!(matches!(ImageWriter::create(&dir, false), Err(Error::Remains { .. })), "{name}");
+            fs::remove_file(dir.join(name)).unwrap();
+        }
+        fs::write(dir.join("pages-x.dat"), "mine").unwrap();
+        ImageWriter::create(&dir, false).unwrap().finish(manifest()).unwrap();
+        assert!(matches!(ImageWriter::create(&dir, false), Err(Error::Occupied { .. })));
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 3);
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn what_fails_leaves_nothing() {
+        let dir = std::env::temp_dir().join(format!("torpor-rename-{}", std::process::id()));
+        let writer = ImageWriter::create(&dir, false).unwrap();
+        // A directory cannot be replaced by a file.
+        fs::create_dir(dir.join(Manifest::FILE)).unwrap();
+        assert!(writer.finish(manifest()).is_err());
+        fs::remove_dir(dir.join(Manifest::FILE)).unwrap();
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
+        fs::remove_dir(&dir).unwrap();
+    }
 }
