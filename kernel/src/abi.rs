@@ -278,6 +278,8 @@ pub const UNIX_DIAG_RQLEN: u16 = 4;
 pub const UNIX_DIAG_SHUTDOWN: u16 = 6;
 /// Attribute of inet sockets: directions shut down.
 pub const INET_DIAG_SHUTDOWN: u16 = 8;
+/// Extension: `struct tcp_info`, and with it what a protocol adds of its own.
+pub const INET_DIAG_INFO: u16 = 2;
 /// Attribute of IPv6 sockets: `IPV6_V6ONLY`.
 pub const INET_DIAG_SKV6ONLY: u16 = 11;
 /// Attribute: keys of TCP-MD5.

@@ -71,6 +71,27 @@ impl Error {
     }
 }
 
+/// What can be done about an errno that tells its cause by itself, whatever the call: to follow a message, or nothing.
+pub fn advice(errno: Option<Errno>) -> &'static str {
+    match errno {
+        Some(Errno::EMFILE) => "; raise torpor's limit of open files (`ulimit -n`)",
+        Some(Errno::ENFILE) => "; raise the machine's limit of open files (/proc/sys/fs/file-max)",
+        Some(Errno::ENOMEM) => {
+            "; free memory, or raise the limits on it (`ulimit -v`, memory.max of the cgroup)"
+        }
+        Some(Errno::ENOSPC | Errno::EDQUOT) => "; make room there",
+        Some(Errno::EFBIG) => "; raise torpor's limit of file sizes (`ulimit -f`)",
+        Some(Errno::EROFS) => "; mount that file system for writing",
+        Some(Errno::EPERM | Errno::EACCES) => {
+            "; run torpor as root, or with the privileges that `torpor check` names"
+        }
+        Some(Errno::ENOSYS) => {
+            "; this kernel has no such call, or a seccomp filter around torpor forbids it: see `torpor check`"
+        }
+        _ => "",
+    }
+}
+
 /// Turns the -1 of a raw system call into an error.
 pub(crate) fn check(
     returned: libc::c_long,
@@ -83,6 +104,15 @@ pub(crate) fn check(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn advice_follows_a_message() {
+        for errno in [Errno::EMFILE, Errno::EPERM, Errno::ENOSYS, Errno::ENOSPC] {
+            assert!(advice(Some(errno)).starts_with("; "), "{errno}");
+        }
+        assert_eq!(advice(Some(Errno::EIO)), "");
+        assert_eq!(advice(None), "");
+    }
 
     #[test]
     fn says_call_object_and_errno() {

@@ -39,5 +39,5 @@ pub mod timers;
 pub mod tty;
 pub mod tty_queue;
 
-pub use error::{Error, Result};
+pub use error::{Error, Result, advice};
 pub use ids::{Pid, RemoteAddr, Tid};

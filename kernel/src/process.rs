@@ -278,6 +278,11 @@ pub fn who_holds(number: i32) -> Option<String> {
     Some(String::from_utf8_lossy(name.strip_suffix(b"\n").unwrap_or(&name)).into_owned())
 }
 
+/// The number that all pids are below.
+pub fn pid_max() -> Option<i32> {
+    number(read("/proc/sys/kernel/pid_max").ok()?.trim_ascii())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -319,6 +324,7 @@ mod tests {
         assert!(!is_kernel_thread(pid).unwrap());
         assert!(who_holds(tid.0).is_some());
         assert_eq!(who_holds(0x3fff_ffff), None);
+        assert!(pid_max().is_some_and(|max| max > pid.0));
         assert!(coredump_filter(Pid(0x3fff_ffff)).unwrap_err().is_gone());
     }
 

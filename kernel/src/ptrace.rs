@@ -148,6 +148,12 @@ pub fn detach(tid: Tid, signal: i32) -> Result<()> {
     request("PTRACE_DETACH", abi::PTRACE_DETACH, tid, 0, signal_word(signal)).map(drop)
 }
 
+/// Ends the process of a thread, also one whose user has become another than ours: of who traces nothing more is
+/// asked. It must stand (before Linux 5.19).
+pub fn kill(tid: Tid) -> Result<()> {
+    request("PTRACE_KILL", libc::PTRACE_KILL, tid, 0, 0).map(drop)
+}
+
 /// Replaces the options that were given to `seize`.
 pub fn set_options(tid: Tid, options: u32) -> Result<()> {
     request("PTRACE_SETOPTIONS", abi::PTRACE_SETOPTIONS, tid, 0, options as usize).map(drop)

@@ -73,7 +73,7 @@ pub struct InetSocket {
     pub v6_only: Option<bool>,
     /// Number that no other socket ever has.
     pub cookie: u64,
-    /// It has keys for TCP-MD5 (told to CAP_NET_ADMIN only).
+    /// It has keys for TCP-MD5 (told to CAP_NET_ADMIN only, and by [`inet_sockets_with_keys`]).
     pub md5: bool,
 }
 
@@ -140,10 +140,20 @@ pub fn unix_sockets() -> Result<Vec<UnixSocket>> {
 
 /// All sockets of one family (`AF_INET`, `AF_INET6`) and protocol (`IPPROTO_TCP`, `IPPROTO_UDP`), in all states.
 pub fn inet_sockets(family: i32, protocol: i32) -> Result<Vec<InetSocket>> {
+    list_inet(family, protocol, 1 << (abi::INET_DIAG_SHUTDOWN - 1))
+}
+
+/// The same, and which of them have keys for TCP-MD5: that is told only together with all there is to tell of a
+/// connection (net/ipv4/inet_diag.c, `inet_sk_diag_fill`), for which the kernel takes its time.
+pub fn inet_sockets_with_keys(family: i32, protocol: i32) -> Result<Vec<InetSocket>> {
+    list_inet(family, protocol, 1 << (abi::INET_DIAG_SHUTDOWN - 1) | 1 << (abi::INET_DIAG_INFO - 1))
+}
+
+fn list_inet(family: i32, protocol: i32, ext: u8) -> Result<Vec<InetSocket>> {
     let request = abi::inet_diag_req_v2 {
         family: family as u8,
         protocol: protocol as u8,
-        ext: 1 << (abi::INET_DIAG_SHUTDOWN - 1),
+        ext,
         pad: 0,
         // All, and with that those bound but neither connected nor listening (since 6.8).
         states: u32::MAX,

@@ -20,6 +20,7 @@ use torpor_parasite::script::{OpId, Script, Value};
 use torpor_parasite::wire::STACK;
 
 use crate::error::{Error, Result};
+use crate::holder;
 use crate::host::Host;
 use crate::lineage::{Lineage, Role, Stage, Way};
 use crate::plan::Place;
@@ -94,7 +95,7 @@ pub(crate) fn plan(
     let mut script = Script::new();
     let node = &lineage.nodes[i];
     if i != 0 {
-        die_with_parent(&mut script);
+        die_with_parent(&mut script, lineage.born_below(i));
     }
     let mut makers = Vec::new();
     let mut spawn_all = |script: &mut Script, stage| {
@@ -199,7 +200,7 @@ fn turns(script: &mut Script, lineage: &Lineage, i: usize, makers: &[(usize, OpI
         }
         if *orphan == i {
             wait(script, 3);
-            die_with_parent(script);
+            die_with_parent(script, node.parent.map(|p| lineage.nodes[p].pid));
         }
         if parent {
             wait(script, 3);
@@ -219,10 +220,14 @@ fn await_end(script: &mut Script, purpose: &'static str, made: OpId) {
     script.call(purpose, libc::SYS_wait4, &args);
 }
 
-/// Should its parent die before it is traced, the new process must not wait for ever.
-pub(crate) fn die_with_parent(script: &mut Script) {
+/// Should its parent die before it is traced, the new process must not wait for ever: nor if that is dead already,
+/// when nobody sends the signal any more. A script that fails without a tracer ends its process.
+pub(crate) fn die_with_parent(script: &mut Script, parent: Option<i32>) {
     let die = [Value::from(libc::PR_SET_PDEATHSIG), libc::SIGKILL.into()];
     script.call("dying with its parent", libc::SYS_prctl, &die);
+    if let Some(parent) = parent {
+        script.call_for("having its parent still", libc::SYS_getppid, &[], parent.into());
+    }
 }
 
 fn spawn(script: &mut Script, image: &Image, lineage: &Lineage, child: usize, way: Way) {
@@ -265,7 +270,11 @@ fn spawn_helper(script: &mut Script, lineage: &Lineage, helper: Helper, helpers:
 /// The script of a helper.
 fn helper(lineage: &Lineage, helper: Helper) -> Script {
     let mut script = Script::new();
-    die_with_parent(&mut script);
+    let maker = match helper {
+        Helper::Maker(orphan) => lineage.nodes[orphan].origin.map(|o| o.creator),
+        Helper::Keeper(leader) => Some(leader),
+    };
+    die_with_parent(&mut script, maker.map(|i| lineage.nodes[i].pid));
     match helper {
         Helper::Maker(orphan) => {
             let node = &lineage.nodes[orphan];
@@ -381,13 +390,15 @@ pub(crate) fn spawn_root(place: &Place, root: &Task, trap: i32, context: u64, st
 /// Why an id could not be had.
 pub(crate) fn failure(task: &str, id: i32, errno: Errno) -> Error {
     match errno {
-        Errno::EEXIST => Error::Conflict {
+        Errno::EEXIST => {
+            let (why, remedy) = holder::of_pid(id);
+            Error::Conflict { what: task.to_owned(), why, remedy: remedy.into() }
+        }
+        Errno::EAGAIN => Error::Limit {
             what: task.to_owned(),
-            why: match process::who_holds(id) {
-                Some(name) => format!("pid {id} is taken by `{name}`"),
-                None => format!("pid {id} is taken, perhaps by the id of a process group or session"),
-            },
-            remedy: "wait until it ends, or stop it".into(),
+            call: "clone3",
+            errno,
+            remedy: "raise the limit of processes (`ulimit -u`, pids.max of the cgroup), or end some of that user's",
         },
         Errno::EPERM => Error::Permission {
             what: task.to_owned(),
@@ -397,8 +408,17 @@ pub(crate) fn failure(task: &str, id: i32, errno: Errno) -> Error {
         },
         Errno::EINVAL => Error::Unfit {
             what: task.to_owned(),
-            why: format!("this machine gives no pid as high as {id}, or its kernel none at all on request"),
-            remedy: "raise /proc/sys/kernel/pid_max (Linux 5.5 or newer)".into(),
+            why: match process::pid_max() {
+                Some(max) if id >= max => format!("pid {id} is beyond the highest here, {}", max - 1),
+                _ => "the kernel gives no pid on request: it is older than Linux 5.5, or this pid namespace has no \
+                      first process yet"
+                    .into(),
+            },
+            remedy: match process::pid_max() {
+                Some(max) if id >= max => "raise /proc/sys/kernel/pid_max",
+                _ => "begin the namespace with `unshare --fork --pid`, or use a newer kernel",
+            }
+            .into(),
         },
         errno => Error::Open { what: task.to_owned(), call: "clone3", errno },
     }

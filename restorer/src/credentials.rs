@@ -1,9 +1,14 @@
 //! Planning credentials: last of all, since most other calls need the privilege that goes here.
 
+use nix::errno::Errno;
 use torpor_image::credentials::Credentials;
+use torpor_image::task::Task;
+use torpor_kernel::ids::Pid;
+use torpor_kernel::status;
 use torpor_parasite::call;
 use torpor_parasite::script::{Script, Value};
 
+use crate::error::Error;
 use crate::host::Host;
 
 const SECBIT_KEEP_CAPS: u32 = 1 << 4;
@@ -103,4 +108,91 @@ fn capset(script: &mut Script, permitted: u64, effective: u64, inheritable: u64)
     };
     let data = script.data(&[halves(0), halves(32)].concat());
     call!(script, "capabilities", libc::SYS_capset, header, data);
+}
+
+/// Capabilities by number (linux/capability.h), without `CAP_`.
+const NAMES: [&str; 41] = [
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
+    "CHECKPOINT_RESTORE",
+];
+
+/// Names of capabilities.
+fn names(set: u64) -> String {
+    let all = NAMES.iter().enumerate().filter(|(i, _)| set & (1 << i) != 0);
+    all.map(|(_, name)| format!("CAP_{name}")).collect::<Vec<_>>().join(", ")
+}
+
+/// What a call of [`plan`] that is not permitted means, told by its purpose.
+pub(crate) fn denied(task: &Task, purpose: &str) -> Option<Error> {
+    let error = |what: String, call, remedy| Error::Permission { what, call, errno: Errno::EPERM, remedy };
+    let title = task.title();
+    Some(match purpose {
+        "group ids" => error(title, "setresgid", "run torpor with CAP_SETGID"),
+        "supplementary groups" => error(title, "setgroups", "run torpor with CAP_SETGID"),
+        "user ids" => error(title, "setresuid", "run torpor with CAP_SETUID"),
+        "capabilities" => {
+            let have = status::of_process(Pid::this()).map_or(0, |own| own.cap_permitted);
+            let wanted = task.threads.iter().fold(0, |all, t| all | t.credentials.permitted);
+            let what = match names(wanted & !have) {
+                lacking if lacking.is_empty() => title,
+                lacking => format!("{title}, which has {lacking} and torpor has not"),
+            };
+            error(what, "capset", "run torpor with all capabilities of the process")
+        }
+        "securebits" => error(title, "prctl(PR_SET_SECUREBITS)", "run torpor with CAP_SETPCAP"),
+        _ if purpose.starts_with("the bounding set") => {
+            error(title, "prctl(PR_CAPBSET_DROP)", "run torpor with CAP_SETPCAP")
+        }
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capabilities_have_names() {
+        assert_eq!(names(0), "");
+        assert_eq!(names(1 << 40 | 1 << 21 | 1), "CAP_CHOWN, CAP_SYS_ADMIN, CAP_CHECKPOINT_RESTORE");
+    }
 }

@@ -3,6 +3,7 @@
 use nix::errno::Errno;
 use torpor_image as image;
 use torpor_kernel as kernel;
+use torpor_kernel::advice;
 
 /// A restore failed. Whatever had been made by then is gone again.
 #[derive(Debug, thiserror::Error)]
@@ -43,8 +44,26 @@ pub enum Error {
         /// What the user can do.
         remedy: &'static str,
     },
+    /// A limit was hit.
+    #[error("cannot restore {what}: {call}: {errno}; {remedy}")]
+    Limit {
+        /// The process or object.
+        what: String,
+        /// The call.
+        call: &'static str,
+        /// Its error.
+        errno: Errno,
+        /// What the user can do.
+        remedy: &'static str,
+    },
+    /// The caller no longer wants it.
+    #[error("the restore of {what} was called off; nothing of it is left")]
+    Cancelled {
+        /// The process.
+        what: String,
+    },
     /// A call made outside of the new tasks failed.
-    #[error("cannot restore {what}: {call}: {errno}")]
+    #[error("cannot restore {what}: {call}: {errno}{}", advice(Some(*errno)))]
     Open {
         /// The object.
         what: String,
@@ -54,7 +73,7 @@ pub enum Error {
         errno: Errno,
     },
     /// A call made inside a new task failed.
-    #[error("cannot restore {task}: {purpose}: {errno}")]
+    #[error("cannot restore {task}: {purpose}: {errno}{}", advice(Some(*errno)))]
     Script {
         /// The task.
         task: String,
@@ -72,7 +91,7 @@ pub enum Error {
         how: String,
     },
     /// A kernel call failed.
-    #[error("cannot restore {what}: {source}")]
+    #[error("cannot restore {what}: {source}{}", advice(source.errno()))]
     Kernel {
         /// What was being done.
         what: String,

@@ -3,7 +3,39 @@
 use std::net::SocketAddr;
 
 use torpor_kernel::ids::Pid;
-use torpor_kernel::{fds, process, sock_diag};
+use torpor_kernel::{fds, process, sock_diag, stat, status};
+
+/// Who has a number that is wanted as a pid, and what can be done.
+pub(crate) fn of_pid(id: i32) -> (String, &'static str) {
+    const STOP_IT: &str = "wait until it ends, or stop it";
+    let named = |pid: i32| format!("pid {pid} ({})", process::who_holds(pid).unwrap_or_default());
+    // /proc opens by any tid.
+    if let (Some(name), Ok(status)) = (process::who_holds(id), status::of_process(Pid(id))) {
+        return match status.tgid {
+            tgid if tgid != id => (format!("pid {id} is taken by a thread of {}", named(tgid)), STOP_IT),
+            _ if status.state == 'Z' => (
+                format!(
+                    "pid {id} is taken by `{name}`, which has ended and waits for its parent, {}, to collect its status",
+                    named(status.ppid)
+                ),
+                "let that parent collect it (wait), or end the parent",
+            ),
+            _ => (format!("pid {id} is taken by `{name}`"), STOP_IT),
+        };
+    }
+    let all = std::fs::read_dir("/proc").into_iter().flatten();
+    let pids = all.filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
+    let member = pids.map(Pid).find_map(|pid| {
+        let stat = stat::of_process(pid).ok()?;
+        let what = match id {
+            id if stat.session == id => "session",
+            id if stat.pgrp == id => "process group",
+            _ => return None,
+        };
+        Some(format!("pid {id} is the {what} of {}", named(pid.0)))
+    });
+    (member.unwrap_or_else(|| format!("pid {id} is taken")), "wait until all of them end, or stop them")
+}
 
 /// The process that listens on an address, as "pid 901 (nginx)".
 pub(crate) fn of_port(address: SocketAddr) -> String {

@@ -42,7 +42,9 @@ pub struct Host {
     pub program: (u64, u64),
     /// Highest capability the kernel knows.
     pub last_capability: u32,
-    /// Process group of the restoring process.
+    /// The restoring process, which makes the root.
+    pub pid: i32,
+    /// Its process group.
     pub pgid: i32,
 }
 
@@ -102,6 +104,7 @@ impl Host {
             timer_ids: probe::one("PR_TIMER_CREATE_RESTORE_IDS").is_none_or(|s| s.is_present()),
             program: nix::sys::stat::stat("/proc/self/exe").map_or((0, 0), |s| (s.st_dev, s.st_ino)),
             last_capability,
+            pid: this.0,
             pgid: nix::unistd::getpgrp().as_raw(),
         })
     }

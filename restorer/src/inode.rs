@@ -54,6 +54,21 @@ pub(crate) fn open(opener: &mut Opener<'_>, what: &str, id: InodeId, flags: u32)
     reopen(what, &opener.inodes[&id], flags)
 }
 
+/// Opens a program file, which the kernel takes as such only if it may be executed (kernel/sys.c,
+/// `validate_prctl_map_addr` and `prctl_set_mm_exe_file`).
+pub(crate) fn program(opener: &mut Opener<'_>, what: &str, id: InodeId) -> Result<OwnedFd> {
+    let fd = open(opener, what, id, libc::O_RDONLY as u32)?;
+    let now = nix::sys::stat::fstat(&fd).map_err(Error::open(what, "fstat"))?;
+    if now.st_mode & 0o111 == 0 {
+        return Err(Error::Conflict {
+            what: what.to_owned(),
+            why: "it may not be executed any more".into(),
+            remedy: "give it the permission again (`chmod +x`)".into(),
+        });
+    }
+    Ok(fd)
+}
+
 fn by_path(opener: &Opener<'_>, what: &str, inode: &Inode, path: &Bytes, flags: u32) -> Result<OwnedFd> {
     let conflict =
         |why: String, remedy: &str| Error::Conflict { what: what.to_owned(), why, remedy: remedy.to_owned() };
@@ -221,6 +236,7 @@ pub(crate) fn fill(
         let length = record.length.min(inode.size.saturating_sub(record.address));
         let mut done = 0;
         while done < length {
+            opener.wanted()?;
             let part = &mut buffer[..(length - done).min(1 << 20) as usize];
             from.read_exact_at(part, record.offset + done).map_err(|e| io(what, "read", &e))?;
             to.write_all_at(part, record.address + done).map_err(|e| io(what, "write", &e))?;

@@ -219,6 +219,12 @@ impl Lineage {
         if origin.way == Way::Sibling { self.nodes[i].parent } else { Some(origin.creator) }
     }
 
+    /// The pid of the one that a process is born as a child of; of an orphan, whose parent has no particular pid, none.
+    pub(crate) fn born_below(&self, i: usize) -> Option<i32> {
+        let orphan = self.nodes[i].origin.is_none_or(|o| o.way == Way::Orphan);
+        self.above(i).filter(|_| !orphan).map(|above| self.nodes[above].pid)
+    }
+
     /// Whether `i` is `ancestor` or below it, before the turns.
     fn descends(&self, i: usize, ancestor: usize) -> bool {
         let mut at = Some(i);

@@ -5,13 +5,16 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
+use nix::errno::Errno;
 use torpor_image::description::Kind;
+use torpor_image::task::Task;
+use torpor_image::vma::Mapping;
 use torpor_image::{DescriptionId, Image, InodeId, PipeId, PtyId};
 
 use crate::error::{Error, Result};
 use crate::made::Made;
 use crate::pipe::{Ends, io};
-use crate::plan::Open;
+use crate::plan::{Open, Options};
 use crate::pty::{self, Pair};
 use crate::terminal::Lent;
 use crate::{description, inode};
@@ -53,17 +56,20 @@ pub(crate) struct Opener<'i> {
     /// Pseudo terminals.
     pub(crate) ptys: HashMap<PtyId, Pair>,
     pub(crate) progress: Option<&'i (dyn Fn(u64) + Sync)>,
+    /// Asked now and then whether to give up.
+    cancel: Option<fn() -> bool>,
 }
 
 impl<'i> Opener<'i> {
     pub(crate) fn new(
         image: &'i Image,
-        accept_changed: bool,
+        options: &Options,
         progress: Option<&'i (dyn Fn(u64) + Sync)>,
     ) -> Self {
         Opener {
             image,
-            accept_changed,
+            accept_changed: options.accept_changed,
+            cancel: options.cancel,
             pipes: HashMap::new(),
             inodes: HashMap::new(),
             mqueues: Vec::new(),
@@ -86,16 +92,20 @@ impl<'i> Opener<'i> {
 
     /// Makes or opens one thing of the plan.
     pub(crate) fn open(&mut self, what: &Open) -> Result<OwnedFd> {
+        self.wanted()?;
         match what {
             Open::Description(id) => description::open(self, *id),
             Open::Mapped { inode, write } => {
-                let name = self.image.objects.inodes[inode.0 as usize].name();
+                let maps = |t: &&Task| t.memory.vmas.iter().any(|v| is_of(&v.mapping, *inode));
+                let name =
+                    self.user(maps, "mapping of ", &self.image.objects.inodes[inode.0 as usize].name());
                 let access = if *write { libc::O_RDWR } else { libc::O_RDONLY };
                 inode::open(self, &name, *inode, access as u32)
             }
             Open::Program { inode } => {
-                let name = self.image.objects.inodes[inode.0 as usize].name();
-                inode::open(self, &name, *inode, libc::O_RDONLY as u32)
+                let runs = |t: &&Task| t.memory.exe == *inode;
+                let name = self.user(runs, "program ", &self.image.objects.inodes[inode.0 as usize].name());
+                inode::program(self, &name, *inode)
             }
             Open::Data { file } => Ok(self.image.data_file(*file)?.into()),
             Open::Slave { pty } => pty::slave(self, *pty),
@@ -105,11 +115,33 @@ impl<'i> Opener<'i> {
                 nix::fcntl::OFlag::O_PATH | nix::fcntl::OFlag::O_DIRECTORY | nix::fcntl::OFlag::O_CLOEXEC,
                 nix::sys::stat::Mode::empty(),
             )
-            .map_err(|errno| Error::Conflict {
-                what: format!("directory `{path}`"),
-                why: errno.to_string(),
-                remedy: "put it back where it was".into(),
+            .map_err(|errno| {
+                let what = self.user(|t| t.cwd == *path || t.root == *path, "directory ", &path.to_string());
+                match errno {
+                    Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP => Error::Conflict {
+                        what,
+                        why: errno.to_string(),
+                        remedy: "put it back where it was".into(),
+                    },
+                    errno => Error::Open { what, call: "open", errno },
+                }
             }),
+        }
+    }
+
+    /// An error if the caller no longer wants the restore.
+    pub(crate) fn wanted(&self) -> Result<()> {
+        match self.cancel {
+            Some(cancel) if cancel() => Err(Error::Cancelled { what: self.image.tasks[0].title() }),
+            _ => Ok(()),
+        }
+    }
+
+    /// "pid 42 (redis-server): program /usr/bin/redis-server"
+    fn user(&self, is: impl FnMut(&&Task) -> bool, what: &str, name: &str) -> String {
+        match self.image.tasks.iter().find(is) {
+            Some(task) => format!("{}: {what}{name}", task.title()),
+            None => format!("{what}{name}"),
         }
     }
 
@@ -176,6 +208,11 @@ impl<'i> Opener<'i> {
         self.mqueues.iter_mut().for_each(crate::mqueue::Queue::keep);
         self.silent.drain(..).for_each(crate::kept::Silent::speak);
     }
+}
+
+/// Whether an area maps this inode.
+fn is_of(mapping: &Mapping, wanted: InodeId) -> bool {
+    matches!(mapping, Mapping::Private { inode, .. } | Mapping::Shared { inode, .. } if *inode == wanted)
 }
 
 impl Drop for Opener<'_> {

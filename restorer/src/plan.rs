@@ -42,6 +42,8 @@ pub struct Options {
     /// The restored root will outlive the process that restores it: a parent death signal, which was about
     /// another parent, is not set again.
     pub detach: bool,
+    /// Asked now and then whether to give up.
+    pub cancel: Option<fn() -> bool>,
 }
 
 /// Number of something that is opened outside.
@@ -301,7 +303,7 @@ fn scripts(
 /// of the restoring process.
 fn begin(planner: &mut Planner<'_>, place: Place, scratch: &BTreeMap<InodeId, u64>) -> Vec<Phase> {
     let mut wait = Script::new();
-    birth::die_with_parent(&mut wait);
+    birth::die_with_parent(&mut wait, Some(planner.host.pid));
     // Who started us may ignore it, and children would be gone before they are collected.
     let default = wait.words(&[0, 0, 0, 0]);
     call!(wait, "the action of SIGCHLD", libc::SYS_rt_sigaction, libc::SIGCHLD, default, 0, 8);
@@ -547,7 +549,7 @@ fn fits(planner: &mut Planner<'_>, task: &Task) -> Result<()> {
     if let Some(why) = vma::kernel_mismatch(image, host, task) {
         return unfit(
             format!("{why}; the image was taken under Linux {}", image.manifest.host.kernel),
-            "restore it under that kernel",
+            "restore it under that very build of the kernel (`uname -rv` tells that of this machine)",
         );
     }
     let overruns = task.timers.posix.iter().filter(|t| t.overrun > 0).count();

@@ -21,7 +21,7 @@ use crate::host::Host;
 use crate::late::{self, Moment};
 use crate::open::Opener;
 use crate::plan::{Layout, Open, Plan, SHARED, TaskPlan, layout, plan};
-use crate::{directory, inode, io_uring, mqueue, rules, sysv, terminal, unix};
+use crate::{credentials, directory, inode, io_uring, mqueue, rules, sysv, terminal, unix};
 
 /// How often a plan is made anew when its place in our memory was taken meanwhile.
 const ATTEMPTS: u32 = 8;
@@ -69,7 +69,7 @@ pub fn prepare<'i>(
     let title = image.tasks[0].title();
     let mut building = Building {
         image,
-        opener: Opener::new(image, plan_.options.accept_changed, progress),
+        opener: Opener::new(image, &plan_.options, progress),
         traced: vec![Vec::new(); image.tasks.len()],
         born: false,
         done: false,
@@ -188,6 +188,7 @@ impl Building<'_> {
         unix::deliver_late(&mut self.opener, slots, Moment::Birth)?;
         let count = plan.tasks.first().map_or(0, |t| t.phases.len());
         for phase in 0..count {
+            self.opener.wanted()?;
             for task in 0..plan.tasks.len() {
                 let seat = self.seat(plan, layout, task, phase);
                 self.start(seat, arena)?;
@@ -214,6 +215,7 @@ impl Building<'_> {
         for task in &plan.tasks {
             self.outside(task)?;
         }
+        self.opener.wanted()?;
         inode::seal(&self.opener)?;
         rules::put_all_back(&mut self.opener)?;
         self.complete_all(plan, layout, arena)?;
@@ -384,7 +386,28 @@ impl Building<'_> {
                 errno: Errno::EIO,
             };
         }
-        Error::Script { task: title.to_owned(), purpose, errno }
+        let task = self.image.tasks.iter().find(|t| t.title() == title);
+        if errno == Errno::EPERM
+            && let Some(denied) = task.and_then(|task| credentials::denied(task, &purpose))
+        {
+            return denied;
+        }
+        match (purpose.as_str(), errno) {
+            ("the cpu affinity", Errno::EINVAL) => Error::Unfit {
+                what: title.to_owned(),
+                why: "a thread may run only on cpus that are not here, or not in torpor's cpuset".into(),
+                remedy:
+                    "restore it where one of these cpus is (`torpor show --json` lists them as `affinity`)"
+                        .into(),
+            },
+            // An area behind the end of its file cannot be filled.
+            (of, Errno::EFAULT) if of.starts_with("contents of memory") => Error::Conflict {
+                what: title.to_owned(),
+                why: format!("{purpose}: {errno}: the file that is mapped there is shorter than it was"),
+                remedy: "put the old file back".into(),
+            },
+            _ => Error::Script { task: title.to_owned(), purpose, errno },
+        }
     }
 
     fn died(&self, task: usize, how: &str) -> Error {
@@ -395,11 +418,15 @@ impl Building<'_> {
     fn outside(&self, plan: &TaskPlan) -> Result<()> {
         let task = &self.image.tasks[plan.index];
         let write = |name: &str, text: String| {
-            std::fs::write(format!("/proc/{}/{name}", task.pid), text).map_err(|e| Error::Permission {
-                what: format!("{}: its {name}", task.title()),
-                call: "write",
-                errno: Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)),
-                remedy: "run torpor with CAP_SYS_RESOURCE",
+            std::fs::write(format!("/proc/{}/{name}", task.pid), text).map_err(|e| {
+                let what = format!("{}: its {name}", task.title());
+                match Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)) {
+                    errno @ (Errno::EACCES | Errno::EPERM) => {
+                        let remedy = "run torpor with CAP_SYS_RESOURCE";
+                        Error::Permission { what, call: "write", errno, remedy }
+                    }
+                    errno => Error::Open { what, call: "write", errno },
+                }
             })
         };
         if let Some(value) = plan.oom_score_adj {
@@ -471,6 +498,10 @@ impl Building<'_> {
         for pid in traced.map(|(task, _)| task.pid.0).chain([root]) {
             // SAFETY: kill takes numbers only; who is traced here, and the root, nobody else can have reaped.
             unsafe { libc::kill(pid, libc::SIGKILL) };
+        }
+        // One that has become another user's already only its tracer may end.
+        for tid in self.traced.iter().filter_map(|t| t.first()) {
+            let _gone = ptrace::kill(*tid);
         }
         for tid in self.traced.iter().rev().flat_map(|t| t.iter().rev()) {
             while let Ok(stop) = ptrace::wait(*tid) {

@@ -103,14 +103,41 @@ pub(crate) fn attributes(script: &mut Script, planner: &mut Planner<'_>, task: &
     limits(script, planner, task);
 }
 
+/// Resource limits by number (asm-generic/resource.h).
+const LIMITS: [&str; 16] = [
+    "RLIMIT_CPU",
+    "RLIMIT_FSIZE",
+    "RLIMIT_DATA",
+    "RLIMIT_STACK",
+    "RLIMIT_CORE",
+    "RLIMIT_RSS",
+    "RLIMIT_NPROC",
+    "RLIMIT_NOFILE",
+    "RLIMIT_MEMLOCK",
+    "RLIMIT_AS",
+    "RLIMIT_LOCKS",
+    "RLIMIT_SIGPENDING",
+    "RLIMIT_MSGQUEUE",
+    "RLIMIT_NICE",
+    "RLIMIT_RTPRIO",
+    "RLIMIT_RTTIME",
+];
+
+/// A limit in words.
+fn amount(limit: u64) -> String {
+    if limit == libc::RLIM_INFINITY { "unlimited".to_owned() } else { limit.to_string() }
+}
+
 fn limits(script: &mut Script, planner: &mut Planner<'_>, task: &Task) {
     for (resource, &(soft, hard)) in task.limits.iter().enumerate() {
         let (_, ceiling) = planner.host.limits[resource];
         let (soft, hard) = if hard > ceiling && !planner.host.may_raise_limits {
             planner.note(format!(
-                "{}: hard limit {resource} was {hard} and cannot be raised above {ceiling} without \
-                 CAP_SYS_RESOURCE",
-                task.title()
+                "{}: its hard limit {} was {} and cannot be raised above {} without CAP_SYS_RESOURCE",
+                task.title(),
+                LIMITS.get(resource).unwrap_or(&"?"),
+                amount(hard),
+                amount(ceiling)
             ));
             (soft.min(ceiling), ceiling)
         } else {

@@ -56,6 +56,7 @@ pub(crate) fn host() -> Host {
         coredump_filter: Some(0x33),
         timer_ids: true,
         last_capability: 40,
+        pid: 3,
         pgid: 7,
     }
 }

@@ -58,6 +58,7 @@ impl Building<'_> {
     fn await_birth(&mut self, plan: &Plan, layout: &Layout, arena: &mut Arena) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         while !arena.wait(word::JOINED, plan.lineage.staying()) {
+            self.opener.wanted()?;
             for (i, (script, placed)) in plan.births.iter().zip(&layout.births).enumerate() {
                 if arena.context(i).state == state::FAILED {
                     return Err(self.failure(&plan.titles[i], script, *placed, arena, i));

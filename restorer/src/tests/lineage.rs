@@ -329,6 +329,7 @@ impl<'p> Machine<'p> {
             }
             kind::CALL => match step.nr {
                 libc::SYS_setsid => result(self.kernel.setsid(pid)),
+                libc::SYS_getppid => Went::On(self.kernel.processes[&pid].parent.into()),
                 libc::SYS_setpgid => {
                     let (who, pgid) = (number(0), number(1) as i32);
                     assert_eq!(who, 0, "of another process");

@@ -1,6 +1,7 @@
 //! Making all sockets of an image, without what waits in them.
 
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use torpor_image::Bytes;
@@ -13,6 +14,9 @@ use crate::error::{Error, Result};
 use crate::open::Opener;
 use crate::pipe::io;
 
+/// How often, and how long apart, somebody outside with a full backlog is tried again: for a second in all.
+const TRIES: u32 = 20;
+const PAUSE: Duration = Duration::from_millis(50);
 /// Room in a backlog that is only for a moment.
 const AMPLE: i32 = 4096;
 
@@ -258,15 +262,7 @@ fn waiting(opener: &mut Opener<'_>, listener: &UnixSocket, all: &[&UnixSocket]) 
         // Nobody has seen yet who is told to the accepted end: the first process that has this one.
         let creator = client.and_then(|client| holder_of(opener, client.number));
         // A full backlog is an error and not a reason to wait.
-        let nonblocking = |on: i32| {
-            let mut on = on;
-            // SAFETY: FIONBIO reads an int.
-            unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONBIO, &raw mut on) };
-        };
-        nonblocking(1);
-        let connected = name::connect(opener, &what, (&fd, &at, &place), creator.as_ref());
-        nonblocking(0);
-        match connected {
+        match without_waiting(&fd, || name::connect(opener, &what, (&fd, &at, &place), creator.as_ref())) {
             Ok(()) => {}
             Err(Errno::EAGAIN) => {
                 return Err(Error::Conflict {
@@ -302,14 +298,56 @@ fn holder_of(opener: &Opener<'_>, number: u32) -> Option<PeerCredentials> {
     })
 }
 
-/// Connects anew to a peer that is not in the image.
+/// Makes a call on a socket that is not to wait.
+fn without_waiting(fd: &OwnedFd, call: impl FnOnce() -> nix::Result<()>) -> nix::Result<()> {
+    let nonblocking = |mut on: i32| {
+        // SAFETY: FIONBIO reads an int.
+        unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONBIO, &raw mut on) };
+    };
+    nonblocking(1);
+    let called = call();
+    nonblocking(0);
+    called
+}
+
+/// Connects anew to a peer that is not in the image. One whose backlog is full may be about to accept.
 pub(super) fn reconnect(what: &str, fd: &OwnedFd, unix: &UnixSocket) -> Result<()> {
     let Some(name) = &unix.peer_name else { return Err(refused(what)) };
     let at = name::address(what, name)?;
-    name::try_connect(fd, &at, &Place::Here).map_err(|errno| Error::Conflict {
-        what: what.to_owned(),
-        why: format!("it cannot be connected anew to `{}`: {errno}", UnixSocket::title(name)),
-        remedy: "start the program that listens there".into(),
+    let mut tries = 0;
+    let connected = loop {
+        match without_waiting(fd, || name::try_connect(fd, &at, &Place::Here)) {
+            Err(Errno::EAGAIN) if tries < TRIES => {
+                tries += 1;
+                std::thread::sleep(PAUSE);
+            }
+            done => break done,
+        }
+    };
+    connected.map_err(|errno| {
+        let at = UnixSocket::title(name);
+        let failed = |why: String, remedy: &str| Error::Conflict {
+            what: what.to_owned(),
+            why: format!("it cannot be connected anew to `{at}`: {why}"),
+            remedy: remedy.into(),
+        };
+        match errno {
+            Errno::EAGAIN => failed(
+                format!("{errno}: the backlog of who listens there is full"),
+                "try again once that program accepts connections",
+            ),
+            Errno::EPROTOTYPE => failed(
+                format!("{errno}: a socket of another type is there"),
+                "start the program that listened there",
+            ),
+            Errno::EACCES | Errno::EPERM => Error::Permission {
+                what: format!("{what}, connected anew to `{at}`"),
+                call: "connect",
+                errno,
+                remedy: "run torpor as a user who may connect to it",
+            },
+            errno => failed(errno.to_string(), "start the program that listens there"),
+        }
     })
 }
 

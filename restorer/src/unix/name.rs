@@ -109,11 +109,22 @@ fn bind_at(what: &str, fd: &OwnedFd, at: &UnixAddr, place: &Place) -> Result<()>
         Ok(()) => Ok(()),
         Err(Errno::EADDRINUSE) => Err(Error::Conflict {
             what: what.to_owned(),
-            why: format!("bind: {}: another socket has this address", Errno::EADDRINUSE),
-            remedy: "stop the program that holds it".into(),
+            why: format!("bind: {}: {} has this address", Errno::EADDRINUSE, holder_of(at)),
+            remedy: "stop that program, or wait until it ends".into(),
         }),
         Err(errno) => Err(Error::Open { what: what.to_owned(), call: "bind", errno }),
     }
+}
+
+/// Who is bound to an address, as "pid 901 (nginx)".
+fn holder_of(at: &UnixAddr) -> String {
+    let name = match (at.as_abstract(), at.path()) {
+        (Some(name), _) => [b"\0", name].concat(),
+        (None, path) => path.map(|p| p.as_os_str().as_encoded_bytes().to_vec()).unwrap_or_default(),
+    };
+    let all = torpor_kernel::sock_diag::unix_sockets().unwrap_or_default();
+    let mut bound = all.into_iter().filter(|s| s.inode != 0 && s.name.as_ref() == Some(&name));
+    bound.find_map(|s| holder::of_socket(s.inode)).unwrap_or_else(|| "another socket".to_owned())
 }
 
 fn try_bind(fd: &OwnedFd, at: &UnixAddr, place: &Place) -> nix::Result<()> {
@@ -163,22 +174,21 @@ pub(super) fn place_of(opener: &Opener<'_>, unix: &UnixSocket) -> Place {
 /// Removes the file a dumped socket left behind; refuses to touch one that is somebody else's.
 fn make_room(opener: &mut Opener<'_>, what: &str, file: &BoundFile) -> Result<()> {
     let path = file.path.path();
-    let taken = |why: String| Error::Conflict {
-        what: what.to_owned(),
-        why,
-        remedy: "stop that program, or move the file away".into(),
-    };
+    let taken =
+        |why: String, remedy: &str| Error::Conflict { what: what.to_owned(), why, remedy: remedy.into() };
     let Ok(now) = nix::sys::stat::lstat(path) else { return Ok(()) };
     if now.st_mode & libc::S_IFMT != libc::S_IFSOCK {
-        return Err(taken(format!("`{}` exists and is no socket", file.path)));
+        return Err(taken(format!("`{}` exists and is no socket", file.path), "move it away"));
     }
     let sockets = torpor_kernel::sock_diag::unix_sockets().map_err(|e| {
-        taken(format!("`{}` exists, and whether it is in use cannot be told ({e})", file.path))
+        let why = format!("`{}` exists, and whether it is in use cannot be told ({e})", file.path);
+        taken(why, "remove it if no program uses it")
     })?;
     let in_use = sockets.into_iter().find(|s| s.vfs.is_some_and(|(_, inode)| u64::from(inode) == now.st_ino));
     if let Some(socket) = in_use {
         let who = holder::of_socket(socket.inode).unwrap_or_else(|| "another process".to_owned());
-        return Err(taken(format!("{who} is bound to `{}`", file.path)));
+        let why = format!("{who} is bound to `{}`", file.path);
+        return Err(taken(why, "stop that program, or move the file away"));
     }
     // Aside, for the case that the restore fails.
     let aside = path.with_file_name(format!(".torpor-{}-{}", std::process::id(), now.st_ino));
