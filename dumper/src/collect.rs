@@ -144,8 +144,10 @@ impl Collector {
     }
 
     /// With the process in front, where there are several.
-    fn named(&self, object: String) -> String {
-        if self.members.len() > 1 {
+    pub(crate) fn named(&self, object: String) -> String {
+        if let Some(socket) = self.sockets.carrier() {
+            format!("{object}, on its way through {socket}")
+        } else if self.members.len() > 1 {
             format!("pid {} ({}): {object}", self.pid, freeze::name_of(self.pid.0))
         } else {
             object

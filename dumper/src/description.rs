@@ -313,6 +313,8 @@ fn kind(
         }
         SFlag::S_IFCHR => unsupported(collector, "a character device other than null, zero, full and random"),
         SFlag::S_IFBLK => unsupported(collector, "a block device"),
+        SFlag::S_IFLNK => unsupported(collector, "a symbolic link itself (O_PATH, O_NOFOLLOW)"),
+        SFlag::S_IFSOCK => unsupported(collector, "the file of a socket (O_PATH)"),
         _ => unsupported(collector, "a descriptor of this kind"),
     }
 }

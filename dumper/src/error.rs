@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use nix::errno::Errno;
 use torpor_image as image;
 use torpor_kernel as kernel;
 use torpor_kernel::ids::{Pid, Tid};
@@ -31,7 +32,7 @@ pub enum Error {
     #[error("there is no process {0}; `ps -e` lists those there are")]
     NoProcess(Pid),
     /// The process is of a kind that cannot be dumped at all.
-    #[error("cannot dump pid {pid}: {why}")]
+    #[error("cannot dump {}: {why}", whom(*pid))]
     NotDumpable {
         /// The process.
         pid: Pid,
@@ -39,7 +40,7 @@ pub enum Error {
         why: String,
     },
     /// Somebody else traces the process.
-    #[error("cannot dump pid {pid}: it is traced by pid {tracer} ({name}); stop that debugger first")]
+    #[error("cannot dump {}: it is traced by pid {tracer} ({name}); stop that debugger first", whom(*pid))]
     Traced {
         /// The process.
         pid: Pid,
@@ -49,10 +50,7 @@ pub enum Error {
         name: String,
     },
     /// The kernel does not let us.
-    #[error(
-        "cannot attach to pid {pid}: {source}; run torpor as the user of that process or with \
-         CAP_SYS_PTRACE (see also /proc/sys/kernel/yama/ptrace_scope)"
-    )]
+    #[error("cannot look into {}: {source}; {}", whom(*pid), allowed(*pid))]
     Permission {
         /// The process.
         pid: Pid,
@@ -60,7 +58,7 @@ pub enum Error {
         source: kernel::Error,
     },
     /// The process has something a dump would lose.
-    #[error("cannot dump pid {pid}, which goes on as before:{}", list(refusals))]
+    #[error("cannot dump {}, which goes on as before:{}", whom(*pid), list(refusals))]
     Refused {
         /// The process.
         pid: Pid,
@@ -77,8 +75,10 @@ pub enum Error {
     },
     /// A thread did not stop.
     #[error(
-        "thread {tid} of pid {pid} did not stop within {seconds} s (state {state}): it is inside the kernel \
-         and cannot be interrupted, as on a hanging file system; the process goes on as before"
+        "cannot dump {}: thread {tid} did not stop within {seconds} s (state {state}): it is inside the kernel and \
+         cannot be interrupted, as on a hanging file system; the process goes on as before; try again when that \
+         call has returned",
+        whom(*pid)
     )]
     Timeout {
         /// The process.
@@ -91,7 +91,7 @@ pub enum Error {
         state: char,
     },
     /// The process could not be made to run the executor.
-    #[error("cannot enter pid {pid}: {what}; the process goes on as before")]
+    #[error("cannot enter {}: {what}; the process goes on as before", whom(*pid))]
     Injection {
         /// The process.
         pid: Pid,
@@ -99,7 +99,11 @@ pub enum Error {
         what: String,
     },
     /// A call made inside the process failed.
-    #[error("cannot read {purpose} of pid {pid} thread {tid}: {errno}; the process goes on as before")]
+    #[error(
+        "cannot read {purpose} of thread {tid} of {}: {errno}{}; the process goes on as before",
+        whom(*pid),
+        kernel::advice(Some(*errno))
+    )]
     Script {
         /// The process.
         pid: Pid,
@@ -108,10 +112,10 @@ pub enum Error {
         /// What the call was for.
         purpose: String,
         /// Its error.
-        errno: nix::errno::Errno,
+        errno: Errno,
     },
     /// The process changed under our hands in a way that should not be possible.
-    #[error("cannot dump pid {pid}: {what}; the process goes on as before")]
+    #[error("cannot dump {}: {what}; the process goes on as before", whom(*pid))]
     Inconsistent {
         /// The process.
         pid: Pid,
@@ -119,13 +123,17 @@ pub enum Error {
         what: String,
     },
     /// The caller no longer wants it.
-    #[error("the dump of pid {pid} was called off; the process goes on as before")]
+    #[error("the dump of {} was called off; the process goes on as before", whom(*pid))]
     Cancelled {
         /// The process.
         pid: Pid,
     },
     /// A kernel call failed.
-    #[error("cannot dump pid {pid}: {doing}: {source}; the process goes on as before")]
+    #[error(
+        "cannot dump {}: {doing}: {source}{}; the process goes on as before",
+        whom(*pid),
+        kernel::advice(source.errno())
+    )]
     Kernel {
         /// The process.
         pid: Pid,
@@ -139,6 +147,27 @@ pub enum Error {
     Image(#[from] image::Error),
 }
 
+/// "pid 42 (nginx)"; without the name when the process is gone.
+fn whom(pid: Pid) -> String {
+    match kernel::process::who_holds(pid.0) {
+        Some(name) => format!("pid {pid} ({name})"),
+        None => format!("pid {pid}"),
+    }
+}
+
+/// Who may look into a process (ptrace(2), "Ptrace access mode checking").
+fn allowed(pid: Pid) -> &'static str {
+    // SAFETY: geteuid cannot fail.
+    let own = unsafe { libc::geteuid() };
+    match kernel::status::of_process(pid) {
+        Ok(status) if status.uids[..3] == [own; 3] => {
+            "it is this user's, but has made itself unreadable (PR_SET_DUMPABLE), has more privileges, or Yama or another \
+             security module forbids it (/proc/sys/kernel/yama/ptrace_scope); run torpor as root, or with CAP_SYS_PTRACE"
+        }
+        _ => "run torpor as root, as the user of that process, or with CAP_SYS_PTRACE",
+    }
+}
+
 fn list(refusals: &[Refusal]) -> String {
     refusals.iter().map(|r| format!("\n  {r}")).collect()
 }
@@ -146,7 +175,16 @@ fn list(refusals: &[Refusal]) -> String {
 impl Error {
     /// A descriptor of a running process was closed before it could be reached.
     pub(crate) fn is_closed(&self) -> bool {
-        matches!(self, Error::Kernel { source, .. } if source.errno() == Some(nix::errno::Errno::EBADF))
+        matches!(self, Error::Kernel { source, .. } if source.errno() == Some(Errno::EBADF))
+    }
+
+    /// Wraps the failure of a look into `pid`, for which a privilege may be missing.
+    pub(crate) fn looking(pid: Pid, doing: impl Into<String>) -> impl FnOnce(kernel::Error) -> Self {
+        let other = Self::kernel(pid, doing);
+        move |source| match source.errno() {
+            Some(Errno::EACCES | Errno::EPERM) => Error::Permission { pid, source },
+            _ => other(source),
+        }
     }
 
     /// Wraps the failure of a kernel call made for `pid`.

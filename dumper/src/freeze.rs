@@ -105,7 +105,8 @@ impl FrozenTree {
         let mut new = vec![root];
         while !new.is_empty() {
             if begin.elapsed() > PATIENCE {
-                let what = "it makes new processes faster than they can be stopped";
+                let what =
+                    "it makes new processes faster than they can be stopped: try again when it makes fewer";
                 return Err(Error::Inconsistent { pid: root, what: what.into() });
             }
             let first = tree.processes.len();
@@ -118,7 +119,7 @@ impl FrozenTree {
                     p if !p.threads.is_empty() => tree.processes.push(p),
                     p if status::of_process(p.pid).is_ok_and(|s| s.state == 'Z') => {
                         if p.pid == root {
-                            let why = "it has ended and waits for its parent to collect its status";
+                            let why = "it has ended and waits for its parent to collect its status: nothing of it is left to be dumped";
                             return Err(Error::NotDumpable { pid: root, why: why.into() });
                         }
                         tree.zombies.push(p.pid);

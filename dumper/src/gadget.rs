@@ -82,8 +82,12 @@ fn find(pid: Pid, maps: &[Mapping], memory: &Memory) -> Result<Gadgets> {
         }
     }
     let what = match (syscall, sigreturn) {
-        (None, _) => "no code of it makes a system call and returns",
-        _ => "no code of it returns from a signal handler",
+        (None, _) => {
+            "no code of it makes a system call and returns, as that of a libc does: only such programs can be dumped"
+        }
+        _ => {
+            "no code of it returns from a signal handler, as that of a libc does: only such programs can be dumped"
+        }
     };
     Err(Error::Injection { pid, what: what.into() })
 }

@@ -27,6 +27,10 @@ use crate::tcp::Socket;
 const IMPATIENT: [(i32, i32); 2] =
     [(libc::SOL_SOCKET, libc::SO_KEEPALIVE), (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT)];
 
+/// Why a connection is not held, and what to do.
+const PRIVILEGE: (&str, &str) =
+    ("a connection can be kept with a privilege only", "run torpor with CAP_NET_ADMIN, or use --tcp close");
+
 /// Kept connections, deaf until their processes are gone. Dropped, they hear again.
 #[derive(Debug)]
 pub(crate) struct Hold {
@@ -92,7 +96,15 @@ impl Hold {
             |e| Error::kernel(pid, "starting a guardian")(torpor_kernel::Error::syscall("clone", pid, e));
         let hold = Hold { guardian: Guardian::start_for(&undo, &processes).map_err(start)?, sockets: copies };
         for (fd, socket) in hold.sockets.iter().zip(&sockets) {
-            make_deaf(fd).map_err(Error::kernel(pid, format!("holding {}", socket.title)))?;
+            match make_deaf(fd) {
+                Ok(()) => {}
+                Err(e) if e.errno() == Some(nix::errno::Errno::EPERM) => {
+                    collector.turn_to(socket.pid);
+                    collector.refuse(&socket.title, PRIVILEGE.0, PRIVILEGE.1);
+                    return Ok(None);
+                }
+                Err(e) => return Err(Error::kernel(pid, format!("holding {}", socket.title))(e)),
+            }
         }
         settled();
         let mut states = Vec::new();
@@ -100,8 +112,8 @@ impl Hold {
             match repair::in_repair(&socket.fd, |fd| read(fd, socket.state)) {
                 Ok(state) => states.push(state),
                 Err(e) if e.errno() == Some(nix::errno::Errno::EPERM) => {
-                    let why = "a connection can be kept with a privilege only";
-                    collector.refuse(&socket.title, why, "run torpor with CAP_NET_ADMIN, or use --tcp close");
+                    collector.turn_to(socket.pid);
+                    collector.refuse(&socket.title, PRIVILEGE.0, PRIVILEGE.1);
                     return Ok(None);
                 }
                 Err(e) => return Err(Error::kernel(pid, format!("reading {}", socket.title))(e)),

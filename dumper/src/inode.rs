@@ -61,15 +61,21 @@ pub(crate) fn by_path(
     let leads_back = |path: &Bytes| stat_path(path).is_some_and(|now| same(&now, stat));
     let found = if leads_back(path) { Some(path.clone()) } else { other_name(path, stat) };
     let Some(path) = &found else {
-        let (why, remedy) = if path.ends_with(b" (deleted)") {
+        let (why, remedy) = if path.first() != Some(&b'/') && path.ends_with(b"]") {
+            // fs/nsfs.c: "net:[4026531840]"
+            ("it stands for a namespace, and namespaces cannot be dumped yet", "close it before the dump")
+        } else if stat.st_mode & libc::S_IFMT == libc::S_IFDIR && path.ends_with(b" (deleted)") {
+            ("it is a directory that was removed", "close it before the dump")
+        } else if path.ends_with(b" (deleted)") {
             (
                 "its name was removed, and another name that it has is not in the same directory",
-                "close it before the dump, or move that name to where the old one was",
+                "close or unmap it before the dump, or give it a name where the old one was (`ln`)",
             )
         } else {
             (
-                "its path leads to another file by now, or to none that torpor can see",
-                "close it before the dump",
+                "its path leads to another file by now, as under a mount or in one that is attached nowhere, or to none \
+                 that torpor can see",
+                "close or unmap it before the dump, or undo that mount",
             )
         };
         collector.refuse(title, why, remedy);
@@ -78,7 +84,8 @@ pub(crate) fn by_path(
     if let Some((pid, rest)) = per_process(path) {
         if !collector.is_member(pid.0) {
             let why = format!(
-                "files of /proc about a process that is not part of the dump ({pid}) cannot be dumped"
+                "files of /proc about a process that is not part of the dump (pid {pid}, {}) cannot be dumped",
+                crate::freeze::name_of(pid.0)
             );
             collector.refuse(title, why, "close it before the dump");
             return None;

@@ -45,8 +45,14 @@ pub(crate) fn collect(
         let Some(path) = path else {
             collector.refuse(
                 found.title(),
-                format!("watch {} is on inode {} whose path cannot be found", watch.wd, watch.ino),
-                "run torpor as root, or remove the watch before the dump",
+                format!(
+                    "watch {} is on inode {} of {}, of which no path is found: it was removed while it is open, or may \
+                     not be looked for",
+                    watch.wd,
+                    watch.ino,
+                    file_system(&mounts, watch)
+                ),
+                "let the program remove the watch before the dump (inotify_rm_watch), or run torpor as root",
             );
             return Ok(None);
         };
@@ -58,6 +64,15 @@ pub(crate) fn collect(
         collector.lose(format!("{}: {queued} bytes of events that were not read", found.title()));
     }
     Ok(Some(Kind::Inotify(Inotify { watches: kept })))
+}
+
+/// "the file system at `/home`"
+fn file_system(mounts: &[mountinfo::Mount], watch: &InotifyWatch) -> String {
+    let device = (watch.sdev >> 20, watch.sdev & 0xf_ffff);
+    match mounts.iter().find(|m| m.dev == device) {
+        Some(mount) => format!("the file system at `{}`", String::from_utf8_lossy(&mount.mount_point)),
+        None => format!("device {}:{}", device.0, device.1),
+    }
 }
 
 /// The path of a watched inode, through any mount of its file system.

@@ -17,7 +17,7 @@ pub(crate) struct Opened {
 impl Opened {
     /// Lists them. What a running process closes meanwhile is left out.
     pub(crate) fn read(pid: Pid) -> Result<Self> {
-        let all = fds::list(pid).map_err(Error::kernel(pid, "listing its descriptors"))?;
+        let all = fds::list(pid).map_err(Error::looking(pid, "listing its descriptors"))?;
         let mut fds = Vec::with_capacity(all.len());
         for fd in all {
             match fds::readlink(pid, fd) {

@@ -13,7 +13,7 @@ use torpor_kernel::ids::Pid;
 use crate::collect::Collector;
 use crate::description::Found;
 use crate::error::{Error, Result};
-use crate::inode;
+use crate::{freeze, inode};
 
 /// Collects the pipe behind `found`; `all` are the descriptors of the tree for it.
 pub(crate) fn collect(collector: &mut Collector, all: &[&Found], found: &Found) -> Result<Option<Kind>> {
@@ -31,16 +31,17 @@ pub(crate) fn collect(collector: &mut Collector, all: &[&Found], found: &Found) 
         let other = if reader.is_none() { "read" } else { "written" };
         // What is on its way in queues shows in full only when the process stands.
         let silent = named && writer.is_none();
-        if !collector.sockets.unseen()
-            && has_other_end(&found.get(collector)?)
-            && (!silent || others_have(collector, found))
-        {
-            collector.refuse(
-                found.title(),
-                format!("it is {other} by another process, which is not part of the dump"),
-                "start the program with its standard streams on files or a terminal",
-            );
-            return Ok(None);
+        if !collector.sockets.unseen() && has_other_end(&found.get(collector)?) {
+            let holder = holder(collector, found);
+            if !silent || holder.is_some() {
+                let holder = holder.unwrap_or_else(|| "another process".to_owned());
+                collector.refuse(
+                    found.title(),
+                    format!("it is {other} by {holder}, which is not part of the dump"),
+                    "dump a tree with both ends, or start the program with its standard streams on files or a terminal",
+                );
+                return Ok(None);
+            }
         }
     }
     let mut fifo: Option<InodeId> = None;
@@ -79,10 +80,10 @@ fn has_other_end(fd: &OwnedFd) -> bool {
     !poll_fd[0].revents().is_some_and(|r| r.intersects(alone))
 }
 
-/// Whether a process outside of the tree has a FIFO open. A reader is told of a hang-up only if there ever was a writer
-/// (fs/pipe.c, `pipe_poll`), so one that nobody has ever written to looks as if somebody would. Processes that we may
-/// not look at are not seen.
-fn others_have(collector: &Collector, found: &Found) -> bool {
+/// A process outside of the tree that has a pipe or FIFO open, as "pid 901 (cat)". A reader of a FIFO is told of a hang-up
+/// only if there ever was a writer (fs/pipe.c, `pipe_poll`), so one that nobody has ever written to looks as if somebody
+/// would. Processes that we may not look at are not seen.
+fn holder(collector: &Collector, found: &Found) -> Option<String> {
     let pids = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = pids.filter_map(|e| e.file_name().to_str()?.parse().ok());
     let same = |pid: Pid, fd: i32| {
@@ -92,7 +93,8 @@ fn others_have(collector: &Collector, found: &Found) -> bool {
     };
     pids.filter(|pid| !collector.is_member(*pid) && *pid != Pid::this().0)
         .map(Pid)
-        .any(|pid| fds::list(pid).is_ok_and(|all| all.into_iter().any(|fd| same(pid, fd))))
+        .find(|pid| fds::list(*pid).is_ok_and(|all| all.into_iter().any(|fd| same(*pid, fd))))
+        .map(|pid| format!("pid {pid} ({})", freeze::name_of(pid.0)))
 }
 
 /// Copies what is in a pipe without taking it out, and tells packets from the stream.

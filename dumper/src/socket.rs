@@ -136,16 +136,44 @@ pub(crate) fn refuse_filter(collector: &mut Collector, found: &Found) {
     collector.refuse(found.title(), why, "detach it before the dump (SO_DETACH_FILTER)");
 }
 
+/// Address families that are not dumped (linux/socket.h).
+const FAMILIES: [(i32, &str); 15] = [
+    (libc::AF_KEY, "an AF_KEY (IPsec)"),
+    (libc::AF_RDS, "an RDS"),
+    (24, "a PPP (AF_PPPOX)"),
+    (libc::AF_LLC, "an LLC"),
+    (27, "an InfiniBand (AF_IB)"),
+    (libc::AF_CAN, "a CAN"),
+    (libc::AF_TIPC, "a TIPC"),
+    (libc::AF_BLUETOOTH, "a Bluetooth"),
+    (libc::AF_RXRPC, "an RxRPC"),
+    (libc::AF_ALG, "an AF_ALG (kernel crypto)"),
+    (libc::AF_NFC, "an NFC"),
+    (41, "a KCM"),
+    (42, "a Qualcomm IPC router (AF_QIPCRTR)"),
+    (43, "an SMC"),
+    (libc::AF_XDP, "an AF_XDP (eXpress data path)"),
+];
+
 /// "a UDP socket"
 pub(crate) fn name(domain: Option<i32>, kind: Option<i32>, protocol: Option<i32>) -> String {
     match (domain, kind, protocol) {
         (Some(libc::AF_INET | libc::AF_INET6), Some(libc::SOCK_DGRAM), _) => "a UDP socket".into(),
         (Some(libc::AF_INET | libc::AF_INET6), Some(libc::SOCK_RAW), _) => "a raw socket".into(),
-        (Some(libc::AF_INET | libc::AF_INET6), _, Some(262)) => "an MPTCP socket".into(),
+        (Some(libc::AF_INET | libc::AF_INET6), _, Some(protocol)) => match protocol {
+            132 => "an SCTP socket".into(),
+            33 => "a DCCP socket".into(),
+            256 => "an SMC socket".into(),
+            262 => "an MPTCP socket".into(),
+            other => format!("an internet socket of protocol {other}"),
+        },
         (Some(libc::AF_NETLINK), ..) => "a netlink socket".into(),
         (Some(libc::AF_PACKET), ..) => "a packet socket".into(),
         (Some(libc::AF_VSOCK), ..) => "a vsock socket".into(),
-        (Some(family), ..) => format!("a socket of address family {family}"),
+        (Some(family), ..) => match FAMILIES.iter().find(|(number, _)| *number == family) {
+            Some((_, name)) => format!("{name} socket"),
+            None => format!("a socket of address family {family}"),
+        },
         _ => "a socket of unknown kind".into(),
     }
 }

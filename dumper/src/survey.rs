@@ -12,7 +12,7 @@ use crate::collect::{Collector, stat_path};
 use crate::error::{Error, Refusal, Result};
 use crate::opened::Opened;
 use crate::unix::ExternalUnix;
-use crate::{description, freeze, mqueue, sysv, task, tcp, vma, workers};
+use crate::{description, freeze, mqueue, sysv, task, tcp, thread, timer, vma, workers};
 
 /// What a dump of a tree would find.
 #[derive(Clone, Debug)]
@@ -211,6 +211,8 @@ fn process(
     maps: Vec<Mapping>,
 ) -> Result<(usize, Vec<Mapping>)> {
     refuse_process(collector, pid == root, status)?;
+    thread::survey(collector, pid);
+    timer::survey(collector, status.threads as usize);
     let areas = vma::collect(collector, &maps)?.len();
     task::exe(collector)?;
     Ok((areas, maps))
@@ -238,6 +240,12 @@ fn members(root: Pid) -> Result<Members> {
                 all.zombies.push((child, parent, name));
             } else {
                 match preconditions(child) {
+                    Err(_) if child == Pid::this() => {
+                        let why = format!(
+                            "torpor itself, pid {child}, is below it: run torpor from elsewhere, as from another terminal"
+                        );
+                        return Err(Error::NotDumpable { pid: root, why });
+                    }
                     Ok(status) => all.living.push((child, status)),
                     Err(_) if has_ended(child) => {}
                     Err(e) => return Err(e),
@@ -282,13 +290,15 @@ fn preconditions(pid: Pid) -> Result<status::Status> {
         return not(&format!("it is a thread of pid {}; name the process", status.tgid));
     }
     if pid == Pid::this() {
-        return not("it is torpor itself");
+        return not("it is torpor itself: name another process");
     }
     if process::is_kernel_thread(pid).map_err(Error::kernel(pid, "reading its stat"))? {
-        return not("it is a thread of the kernel");
+        return not("it is a thread of the kernel: only programs can be dumped");
     }
     if (status.state == 'Z' || status.state == 'X') && process::tasks(pid).map_or(0, |t| t.len()) < 2 {
-        return not("it has ended and waits for its parent to collect its status");
+        return not(
+            "it has ended and waits for its parent to collect its status: nothing of it is left to be dumped",
+        );
     }
     if status.tracer_pid != 0 {
         return Err(Error::Traced {
@@ -315,11 +325,15 @@ pub(crate) fn refuse_process(
         Err(e) => return Err(Error::kernel(pid, "reading its namespaces")(e)),
     };
     for (name, own) in process::namespaces(Pid::this()).map_err(Error::kernel(pid, "reading namespaces"))? {
-        if theirs.iter().any(|(n, inode)| *n == name && *inode != own) {
+        // That of children is named only where it is another one.
+        let of_children = name.strip_suffix("_for_children");
+        let inode = |wanted: &str| theirs.iter().find(|(n, _)| n == wanted).map(|(_, inode)| *inode);
+        let same_as_own = of_children.is_some_and(|own| inode(own) == inode(&name));
+        if !same_as_own && inode(&name).is_some_and(|inode| inode != own) {
             collector.refuse(
                 format!("its {name} namespace"),
                 "it is not torpor's own, and namespaces cannot be dumped yet",
-                "run torpor inside of it (nsenter)",
+                &format!("run torpor inside of it (nsenter --target {pid} --all torpor ...)"),
             );
         }
     }
@@ -341,9 +355,12 @@ pub(crate) fn refuse_process(
             collector.refuse(
                 format!("its {what}"),
                 format!(
-                    "it is shared with its parent, pid {parent} (CLONE_*), which is not part of the dump"
+                    "shared with its parent, pid {parent} ({}), which is not part of the dump (CLONE_*)",
+                    freeze::name_of(parent.0)
                 ),
-                "wait until it has one of its own, as after execve",
+                &format!(
+                    "dump pid {parent} with all below it, or wait until it has its own, as after execve"
+                ),
             );
         }
     }

@@ -54,7 +54,31 @@ pub(crate) fn collect(collector: &mut Collector, members: &[Pid]) -> Result<()> 
             maybe_own(collector, &set, root);
         }
     }
+    if collector.live {
+        let looked_at = collector.pid;
+        for pid in members {
+            collector.turn_to(crate::survey::living(*pid));
+            if has_list(collector, *pid) {
+                let asked =
+                    list(collector)?.iter().filter(|s| s.operated != 0).map(|s| s.count as usize).sum();
+                refuse_many(collector, asked);
+            }
+        }
+        collector.turn_to(looked_at);
+    }
     Ok(())
+}
+
+/// Refuses to ask about more semaphores than can be asked about; says whether it did.
+fn refuse_many(collector: &mut Collector, asked: usize) -> bool {
+    if asked > MOST {
+        collector.refuse(
+            "its semaphore adjustments (SEM_UNDO)",
+            format!("there are {asked} semaphores on this machine to be asked about, and no more than {MOST} can be"),
+            "remove what nobody uses (`ipcs -s`, `ipcrm`)",
+        );
+    }
+    asked > MOST
 }
 
 /// Whether a process has an undo list; one that it shares with another is refused.
@@ -157,12 +181,7 @@ pub(crate) fn adjustments(
             high: SEMVMX,
         }));
     }
-    if candidates.len() > MOST {
-        collector.refuse(
-            "its semaphore adjustments (SEM_UNDO)",
-            format!("there are {} semaphores on this machine to be asked about", candidates.len()),
-            "remove what nobody uses (`ipcs -s`, `ipcrm`)",
-        );
+    if refuse_many(collector, candidates.len()) {
         return Ok(());
     }
     // Most are 0: two questions tell.

@@ -112,7 +112,9 @@ pub(crate) fn finish(collector: &mut Collector) -> Result<Option<Hold>> {
         return Ok(None);
     }
     let fail = |pid| Error::kernel(pid, "listing tcp sockets");
-    let listed = Snapshot::take().map_err(fail(collector.pid))?;
+    // Keys are asked for once, before anything stands: that takes longer.
+    let listed = if collector.live { Snapshot::take_with_keys() } else { Snapshot::take() };
+    let listed = listed.map_err(fail(collector.pid))?;
     let mut joined = Joined::new(sockets);
     for i in 0..joined.sockets.len() {
         collector.turn_to(joined.sockets[i].pid);
@@ -297,18 +299,27 @@ fn connected(collector: &mut Collector, joined: &Joined, listed: &Snapshot, sock
         None if ended && is_ours(remote.ip()) => return Found::Other(Peer::Closed),
         _ => {}
     }
-    outside(collector, socket, local, remote)
+    let peer = listed.ends(remote, local).map(|peer| peer.inode).filter(|inode| *inode != 0);
+    outside(collector, socket, local, remote, peer)
 }
 
-fn outside(collector: &mut Collector, socket: &Socket, local: SocketAddr, remote: SocketAddr) -> Found {
+/// A connection whose other end is not in the dump; `peer` is that, if it is of this machine.
+fn outside(
+    collector: &mut Collector,
+    socket: &Socket,
+    local: SocketAddr,
+    remote: SocketAddr,
+    peer: Option<u32>,
+) -> Found {
     match collector.tcp.policy {
         TcpPolicy::Refuse => {
             // A running process opens and closes connections while it is looked at.
             if collector.live && passing(collector, socket, local, remote) {
                 return Found::Refused;
             }
-            let why = format!("its TCP connection from {local} leads to {remote}, outside of the dump");
-            let remedy = "close it, or say what is to become of such connections: --tcp close, --tcp keep";
+            let whom = peer.map_or_else(String::new, |inode| format!(" of {}", crate::unix::holder(inode)));
+            let why = format!("its TCP connection from {local} leads to {remote}{whom}, outside of the dump");
+            let remedy = "dump a tree with both ends, close it, or say what is to become of it: --tcp close, --tcp keep";
             collector.refuse(&socket.title, why, remedy);
             Found::Refused
         }

@@ -1,5 +1,7 @@
 //! Threads: what ptrace and /proc tell from outside, and the few calls only the thread itself can make.
 
+use std::time::{Duration, Instant};
+
 use torpor_image::signal::{AltStack, ThreadSignals};
 use torpor_image::thread::{Rseq, Thread};
 use torpor_image::{Bytes, Pid as ImagePid};
@@ -11,8 +13,8 @@ use torpor_parasite::call;
 use torpor_parasite::script::{Data, Outcome, Script, Value};
 
 use crate::collect::Collector;
-use crate::error::{Error, Result};
-use crate::freeze::Frozen;
+use crate::error::{Error, Refusal, Result};
+use crate::freeze::{self, Frozen};
 use crate::inject::Before;
 use crate::restart::Restarts;
 use crate::{credentials, scheduling};
@@ -41,7 +43,11 @@ pub(crate) struct Stopped {
 pub(crate) fn read(frozen: &Frozen, tid: Tid, memory: &Memory, restarts: &Restarts) -> Result<Stopped> {
     let pid = frozen.pid();
     let fail = |what: &str| Error::kernel(pid, format!("reading {what} of thread {tid}"));
-    let mut registers = ptrace::registers(tid).map_err(fail("the registers"))?;
+    let mut registers = ptrace::registers(tid).map_err(|e| match e.errno() {
+        Some(_) => fail("the registers")(e),
+        // Another set of registers than ours.
+        None => Error::Refused { pid, refusals: vec![foreign_code(tid)] },
+    })?;
     let mask = ptrace::signal_mask(tid).map_err(fail("the signal mask"))?;
     let status = status::of_task(pid, tid).map_err(fail("the status"))?;
     let rseq = ptrace::rseq_configuration(tid).map_err(fail("the rseq area"))?;
@@ -86,19 +92,90 @@ pub(crate) fn infos(pending: Vec<ptrace::SignalInfo>) -> Vec<Bytes> {
     pending.into_iter().map(|info| Bytes(info.to_vec())).collect()
 }
 
-/// Refuses threads in which the executor could not run, or not without harm, before any is entered.
-pub(crate) fn refuse(collector: &mut Collector, stopped: &Stopped) {
-    let (tid, leader) = (stopped.before.tid, collector.pid);
+/// A thread that runs code of another word size.
+fn foreign_code(tid: Tid) -> Refusal {
+    Refusal {
+        object: format!("the code of thread {tid}"),
+        why: "it is of another word size than torpor's".into(),
+        remedy: "use a program of this word size, or try again when the thread is back in code of this one"
+            .into(),
+    }
+}
+
+/// Refuses of the threads of a running process what /proc tells.
+pub(crate) fn survey(collector: &mut Collector, pid: Pid) {
+    let leader = collector.pid;
+    let own = process::namespaces(leader).unwrap_or_default();
+    let tids = process::tasks(pid).unwrap_or_default();
+    let several = tids.len() > 1;
+    let mut asleep = Vec::new();
+    for tid in tids {
+        // It may have ended.
+        let Ok(status) = status::of_task(pid, tid) else { continue };
+        if status.state == 'D' {
+            asleep.push((tid, runs(pid, tid)));
+        }
+        told(collector, tid, &status);
+        if tid.0 == leader.0 || !several {
+            continue;
+        }
+        let theirs = process::namespaces(Pid(tid.0)).unwrap_or_default();
+        for (name, inode) in theirs {
+            let other = own.iter().any(|(n, own)| *n == name && *own != inode);
+            if other && !name.ends_with("_for_children") {
+                let why = "it is not that of the other threads (unshare, setns)";
+                let object = format!("the {name} namespace of thread {tid}");
+                collector.refuse(object, why, "end the thread before the dump");
+            }
+        }
+    }
+    stuck(collector, pid, asleep);
+}
+
+/// How long a thread may sleep where nothing can interrupt it before a dump is not even tried.
+const STUCK: Duration = Duration::from_millis(500);
+
+/// Refuses threads that cannot be stopped: while one is waited for, all others would stand. What waits for a vfork
+/// child is another matter (`survey`).
+fn stuck(collector: &mut Collector, pid: Pid, mut asleep: Vec<(Tid, Option<u64>)>) {
+    asleep.retain(|(tid, runs)| runs.is_some() && !freeze::waits_for_vfork(pid, *tid));
+    let begin = Instant::now();
+    while !asleep.is_empty() && begin.elapsed() < STUCK {
+        std::thread::sleep(Duration::from_millis(5));
+        asleep.retain(|(tid, before)| {
+            status::of_task(pid, *tid).is_ok_and(|s| s.state == 'D') && runs(pid, *tid) == *before
+        });
+    }
+    for (tid, _) in asleep {
+        collector.refuse(
+            format!("thread {tid}"),
+            format!(
+                "it has been inside the kernel for more than {} ms where nothing interrupts it (state D), as on a \
+                 hanging file system, and cannot be stopped meanwhile",
+                STUCK.as_millis()
+            ),
+            "try again when that call has returned",
+        );
+    }
+}
+
+/// How often a thread has been given a cpu (Documentation/scheduler/sched-stats.rst), where the kernel counts it.
+fn runs(pid: Pid, tid: Tid) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/schedstat")).ok()?;
+    text.split_ascii_whitespace().nth(2)?.parse().ok()
+}
+
+/// Refuses what is told of a thread that runs, and of one that stands.
+fn told(collector: &mut Collector, tid: Tid, status: &status::Status) {
+    let leader = collector.pid;
     let mut refuse = |what: &str, why: &str, remedy: &str| {
         collector.refuse(format!("{what} of thread {tid}"), why, remedy);
     };
-    if stopped.status.seccomp != 0 {
+    // That of the leader is refused as the process's.
+    if status.seccomp != 0 && tid.0 != leader.0 {
         refuse("seccomp", "its filters cannot be dumped yet", "start the program without them");
     }
-    if ptrace::syscall_user_dispatch(tid).ok().flatten().is_some_and(|d| d.on) {
-        refuse("syscall user dispatch", "it cannot be dumped yet", "turn it off before the dump");
-    }
-    if stopped.status.x86_thread_features.split(|b| *b == b' ').any(|f| f == b"shstk") {
+    if status.x86_thread_features.split(|b| *b == b' ').any(|f| f == b"shstk") {
         refuse("the shadow stack", "it cannot be dumped yet", "start the program without it");
     }
     for (kind, what) in [(KcmpType::Files, "the descriptor table"), (KcmpType::Fs, "the working directory")] {
@@ -107,8 +184,18 @@ pub(crate) fn refuse(collector: &mut Collector, stopped: &Stopped) {
             refuse(what, "it is not that of the other threads (unshare)", "end the thread before the dump");
         }
     }
+}
+
+/// Refuses threads in which the executor could not run, or not without harm, before any is entered.
+pub(crate) fn refuse(collector: &mut Collector, stopped: &Stopped) {
+    let tid = stopped.before.tid;
+    told(collector, tid, &stopped.status);
+    if ptrace::syscall_user_dispatch(tid).ok().flatten().is_some_and(|d| d.on) {
+        let object = format!("syscall user dispatch of thread {tid}");
+        collector.refuse(object, "it cannot be dumped yet", "turn it off before the dump");
+    }
     if !stopped.before.registers.native() {
-        refuse("the code", "it is of another word size than torpor's", "use a program of this word size");
+        collector.refusals.push(foreign_code(tid));
     }
 }
 

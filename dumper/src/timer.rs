@@ -13,12 +13,23 @@ const SIGEV_NONE: i32 = 1;
 const SIGEV_THREAD: i32 = 2;
 const SIGEV_THREAD_ID: i32 = 4;
 
-/// The clock of the calling thread: which thread made a timer on it is told nowhere.
-const CLOCK_THREAD_CPUTIME_ID: i32 = 3;
+/// Whether a clock is that of the thread that made the timer: which one that was is told nowhere. Libc and kernel turn
+/// CLOCK_THREAD_CPUTIME_ID into the clock of thread 0, that of the caller (include/linux/posix-timers_types.h: the
+/// complement of the pid, a bit for threads, two bits for what is counted).
+fn is_of_its_maker(clock: i32) -> bool {
+    clock == libc::CLOCK_THREAD_CPUTIME_ID || clock < 0 && clock & 4 != 0 && !(clock >> 3) == 0
+}
+
+/// Refuses what a running process shows of that.
+pub(crate) fn survey(collector: &mut Collector, threads: usize) {
+    // Where they cannot be read, they cannot be on the frozen process either, which is an error then.
+    let posix = if threads > 1 { timers::timers(collector.pid).unwrap_or_default() } else { Vec::new() };
+    refuse(collector, &posix, threads);
+}
 
 /// Refuses timers that could not be made again.
 pub(crate) fn refuse(collector: &mut Collector, posix: &[timers::PosixTimer], threads: usize) {
-    for timer in posix.iter().filter(|t| t.clockid == CLOCK_THREAD_CPUTIME_ID && threads > 1) {
+    for timer in posix.iter().filter(|t| is_of_its_maker(t.clockid) && threads > 1) {
         collector.refuse(
             format!("POSIX timer {}", timer.id),
             "it runs on the clock of one thread, and the kernel does not tell of which",
@@ -89,5 +100,21 @@ pub(crate) fn assemble(asked: &Asked, outcome: &Outcome, posix: &[timers::PosixT
                 }
             })
             .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clocks_of_threads() {
+        for clock in [libc::CLOCK_THREAD_CPUTIME_ID, -2, -3, -4] {
+            assert!(is_of_its_maker(clock), "{clock}");
+        }
+        // Thread 7 by number; process 0, which is the caller's; process 7.
+        for clock in [!7 << 3 | 6, -6, !7 << 3 | 2, libc::CLOCK_MONOTONIC, libc::CLOCK_PROCESS_CPUTIME_ID] {
+            assert!(!is_of_its_maker(clock), "{clock}");
+        }
     }
 }

@@ -25,6 +25,7 @@ use crate::opened::Opened;
 use crate::socket;
 
 pub(crate) use flight::{Sockets, flight, resolve, scan};
+pub(crate) use outside::holder;
 pub use outside::{ExternalUnix, Policy};
 
 /// Socket states as sock_diag tells them (net/tcp_states.h).
@@ -35,7 +36,7 @@ const SIOCUNIXFILE: libc::Ioctl = 0x89E0;
 /// asm-generic/socket.h
 const SO_PEERGROUPS: i32 = 59;
 const CLOSE_IT: &str = "close it before the dump";
-const TRY_AGAIN: &str = "try again once the program has accepted them";
+const TRY_AGAIN: &str = "try again once the program has accepted it";
 
 pub(crate) fn collect(collector: &mut Collector, found: &Found, fd: &OwnedFd) -> Result<Option<Kind>> {
     let number = found.stat.st_ino as u32;
@@ -81,7 +82,8 @@ pub(crate) fn collect(collector: &mut Collector, found: &Found, fd: &OwnedFd) ->
             Some(file) => Some(file),
             None => {
                 let what = format!("the file `{}` it is bound to cannot be found", UnixSocket::title(name));
-                collector.refuse(found.title(), what, "run torpor as root, or close it before the dump");
+                let remedy = "run torpor with CAP_NET_ADMIN, or close it before the dump";
+                collector.refuse(found.title(), what, remedy);
                 return Ok(None);
             }
         },
@@ -229,26 +231,32 @@ fn outside(
     match outside::policy(&collector.sockets.rules, &told) {
         None => {
             let who = outside::holder(other.inode);
-            collector.refuse(
-                found.title(),
-                format!("its other end{called} belongs to {who}, which is not part of the dump"),
-                "close it before the dump, or say `--external-unix reconnect` or `closed`",
-            );
+            let remedy = match reachable(name.as_deref()) {
+                Some(_) => {
+                    "dump a tree with both ends, close it, or say `--external-unix reconnect` or `closed`"
+                }
+                // As of a pair.
+                None => "dump a tree with both ends, close it, or say `--external-unix closed`",
+            };
+            let why = format!("its other end{called} belongs to {who}, which is not part of the dump");
+            collector.refuse(found.title(), why, remedy);
             Ok(None)
         }
         Some(Policy::Closed) => {
             Ok(Some(Relation { peer_name: name, closed: true, ..State::Orphaned.into() }))
         }
         Some(Policy::Reconnect) => {
-            let reachable = name.as_deref().filter(|n| matches!(n.first(), Some(b'/' | 0)));
-            let listens = match reachable {
+            let listens = match reachable(name.as_deref()) {
                 Some(name) => diag.kind == libc::SOCK_DGRAM || collector.listens(name)?,
                 None => false,
             };
             if !listens {
                 collector.refuse(
                     found.title(),
-                    format!("its other end{called} has no address that it could be connected to anew"),
+                    match reachable(name.as_deref()) {
+                        Some(_) => format!("nobody listens any more where its other end{called} is, so that it could be connected anew"),
+                        None => format!("its other end{called} has no address that it could be connected to anew"),
+                    },
                     "close it before the dump, or say `--external-unix closed` of it",
                 );
                 return Ok(None);
@@ -256,6 +264,11 @@ fn outside(
             Ok(Some(Relation { peer_name: name, ..State::Outside.into() }))
         }
     }
+}
+
+/// The name of a peer, if it leads there from anywhere.
+fn reachable(name: Option<&[u8]>) -> Option<&[u8]> {
+    name.filter(|n| matches!(n.first(), Some(b'/' | 0)))
 }
 
 /// Whether processes have connections that they have not accepted yet, and that a dump would lose.

@@ -30,8 +30,9 @@ const ADVICE: [(&str, i32); 8] = [
 const PLAIN: [&str; 16] =
     ["rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "ac", "nr", "lo", "lf", "sd", "de", "gu"];
 /// What other words mean for a dump.
-const REFUSED: [(&str, &str); 9] = [
+const REFUSED: [(&str, &str); 10] = [
     ("ht", "memory of explicit huge pages"),
+    ("mm", "memory of a device"),
     ("io", "memory of a device"),
     ("pf", "memory of a device"),
     ("um", "memory watched by a userfaultfd"),
@@ -50,8 +51,11 @@ pub(crate) fn collect(collector: &mut Collector, maps: &[Mapping]) -> Result<Vec
             continue;
         }
         let refused = collector.refusals.len();
-        refuse_flags(collector, mapping);
         let target = target(collector, mapping)?;
+        // What it maps says more than how.
+        if collector.refusals.len() == refused {
+            refuse_flags(collector, mapping);
+        }
         if collector.refusals.len() > refused {
             continue;
         }
@@ -86,6 +90,10 @@ fn title(mapping: &Mapping) -> String {
     )
 }
 
+fn refuse(collector: &mut Collector, mapping: &Mapping, what: &str, remedy: &str) {
+    collector.refuse(title(mapping), format!("{what} cannot be dumped yet"), remedy);
+}
+
 fn refuse_flags(collector: &mut Collector, mapping: &Mapping) {
     // The kernel's own areas are marked as a device's.
     if matches!(mapping.kind(), Kind::Vdso | Kind::Vvar) {
@@ -112,9 +120,12 @@ fn refuse_flags(collector: &mut Collector, mapping: &Mapping) {
 /// What an area maps; `None` when it was refused.
 fn target(collector: &mut Collector, mapping: &Mapping) -> Result<Option<Maps>> {
     let refuse = |collector: &mut Collector, what: &str| {
-        collector.refuse(title(mapping), format!("{what} cannot be dumped yet"), "unmap it before the dump");
+        refuse(collector, mapping, what, "unmap it before the dump");
         Ok(None)
     };
+    if mapping.path.starts_with(b"socket:[") {
+        return refuse(collector, "memory shared with a socket, as a ring of packets,");
+    }
     match mapping.kind() {
         Kind::Anonymous | Kind::Heap | Kind::Stack if !mapping.shared => {
             Ok(Some(Maps::Anonymous { name: None }))
@@ -142,13 +153,17 @@ fn target(collector: &mut Collector, mapping: &Mapping) -> Result<Option<Maps>> 
             let may_write = mapping.flags.has("mw") || mapping.write;
             Ok(inode.map(|inode| Maps::Shared { inode, offset: mapping.offset, may_write }))
         }
-        Kind::Aio => refuse(collector, "a ring of io_setup"),
+        Kind::Aio => {
+            const REMEDY: &str = "let the program give it up before the dump (io_destroy)";
+            self::refuse(collector, mapping, "a ring of asynchronous I/O (io_setup)", REMEDY);
+            Ok(None)
+        }
         Kind::AnonHugepage => refuse(collector, "memory of explicit huge pages"),
         Kind::AnonInode(_) if crate::io_uring::is_mapped(mapping) => {
             Ok(crate::io_uring::mapped(collector, mapping, &title(mapping)))
         }
         Kind::AnonInode(class) => {
-            let what = format!("a mapping of `{}`", String::from_utf8_lossy(class));
+            let what = format!("a mapping of an anonymous inode, `{}`,", String::from_utf8_lossy(class));
             refuse(collector, &what)
         }
         _ => refuse(collector, "a mapping of this kind"),
@@ -185,11 +200,11 @@ fn inode(collector: &mut Collector, mapping: &Mapping) -> Result<Option<InodeId>
             return Ok(Some(without_map_files(collector, mapping, device)));
         }
         Err(e) => {
-            collector.refuse(
-                title(mapping),
-                format!("the file behind it cannot be opened ({e})"),
-                "run torpor with CAP_CHECKPOINT_RESTORE",
-            );
+            let remedy = match e.kind() {
+                std::io::ErrorKind::PermissionDenied => "run torpor with CAP_CHECKPOINT_RESTORE",
+                _ => "unmap it before the dump",
+            };
+            collector.refuse(title(mapping), format!("the file behind it cannot be opened ({e})"), remedy);
             return Ok(None);
         }
     };
@@ -209,6 +224,8 @@ fn inode(collector: &mut Collector, mapping: &Mapping) -> Result<Option<InodeId>
         }
         _ => {
             let title = title(mapping);
+            // As /proc/PID/fd shows it.
+            let path = if mapping.deleted { [&path[..], b" (deleted)"].concat().into() } else { path };
             return Ok(crate::inode::by_path(collector, &title, &path, &stat));
         }
     };

@@ -70,7 +70,10 @@ impl<'a> Infected<'a> {
         let trap = TRAPS
             .into_iter()
             .find(|s| entry.taken_signals & (1 << (s - 1)) == 0)
-            .ok_or_else(|| injection("it handles or holds every signal that could serve as a trap"))?;
+            .ok_or_else(|| injection(
+                    "it handles or holds SIGURG, SIGWINCH and SIGCHLD, of which one must be left to torpor: let it give up \
+                     one",
+                ))?;
 
         // The arena: the count of guests, then for each thread a context, a stack, a frame and a script.
         let guests = 0u64;

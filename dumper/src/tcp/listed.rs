@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use torpor_kernel::fds;
 use torpor_kernel::ids::Pid;
-use torpor_kernel::sock_diag::{InetSocket as Listed, inet_sockets};
+use torpor_kernel::sock_diag::{InetSocket as Listed, inet_sockets, inet_sockets_with_keys};
 use torpor_kernel::tcp::state;
 
 /// What the kernel lists of TCP, found by number, by both addresses, and by local port.
@@ -19,8 +19,17 @@ pub(super) struct Snapshot {
 
 impl Snapshot {
     pub(super) fn take() -> torpor_kernel::Result<Self> {
-        let mut all = inet_sockets(libc::AF_INET, libc::IPPROTO_TCP)?;
-        all.extend(inet_sockets(libc::AF_INET6, libc::IPPROTO_TCP)?);
+        Self::of(inet_sockets)
+    }
+
+    /// The same, with the sockets known that have keys.
+    pub(super) fn take_with_keys() -> torpor_kernel::Result<Self> {
+        Self::of(inet_sockets_with_keys)
+    }
+
+    fn of(list: impl Fn(i32, i32) -> torpor_kernel::Result<Vec<Listed>>) -> torpor_kernel::Result<Self> {
+        let mut all = list(libc::AF_INET, libc::IPPROTO_TCP)?;
+        all.extend(list(libc::AF_INET6, libc::IPPROTO_TCP)?);
         let mut found = Snapshot {
             all: Vec::new(),
             numbers: HashMap::new(),

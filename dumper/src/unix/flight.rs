@@ -33,6 +33,10 @@ pub(crate) struct Sockets {
     /// Queues by the inode number of their socket; `None` where it was refused.
     queues: HashMap<u32, Option<Waiting>>,
     flight: Vec<Arc<OwnedFd>>,
+    /// Of each the socket in whose queue it waits, for messages.
+    carriers: Vec<String>,
+    /// That of the descriptor that is being looked at.
+    carrier: Option<String>,
     /// There may be more on its way than was looked at, since the process runs.
     unseen: bool,
 }
@@ -59,6 +63,11 @@ impl Sockets {
         &self.flight
     }
 
+    /// The socket by which the descriptor that is being looked at is on its way, if it is.
+    pub(crate) fn carrier(&self) -> Option<&str> {
+        self.carrier.as_deref()
+    }
+
     /// Whether there may be descriptors on their way that only the frozen process shows.
     pub(crate) fn unseen(&self) -> bool {
         self.unseen
@@ -76,19 +85,21 @@ impl Sockets {
 
 /// Notes all sockets of a table, and reads the queues of the unix sockets among them and on their way.
 pub(crate) fn scan(collector: &mut Collector, all: &[Found]) -> Result<()> {
-    let mut sockets: Vec<(String, u32, OwnedFd)> = Vec::new();
+    let mut sockets: Vec<(Pid, String, u32, OwnedFd)> = Vec::new();
     for found in all.iter().filter(|f| f.link.starts_with(b"socket:[")) {
         let number = found.stat.st_ino as u32;
         if collector.sockets.owned.insert(number) && collector.unix_socket(number)?.is_some() {
             match found.get(collector) {
-                Ok(fd) => sockets.push((found.title(), number, fd)),
+                Ok(fd) => sockets.push((found.pid, found.title(), number, fd)),
                 // Closed since.
                 Err(_) if collector.live => {}
                 Err(e) => return Err(e),
             }
         }
     }
-    while let Some((title, number, fd)) = sockets.pop() {
+    let looked_at = collector.pid;
+    while let Some((pid, title, number, fd)) = sockets.pop() {
+        collector.turn_to(pid);
         let Some(peeked) = read(collector, &title, number, &fd)? else {
             collector.sockets.queues.insert(number, None);
             continue;
@@ -105,10 +116,12 @@ pub(crate) fn scan(collector: &mut Collector, all: &[Found]) -> Result<()> {
                         && collector.unix_socket(socket)?.is_some()
                     {
                         let fd = fd.try_clone().map_err(|e| cannot_dup(collector.pid, &e))?;
-                        sockets.push((format!("a socket in flight (socket:[{socket}])"), socket, fd));
+                        sockets.push((pid, format!("a socket in flight (socket:[{socket}])"), socket, fd));
                     }
                     rights.push(collector.sockets.flight.len());
                     collector.sockets.flight.push(Arc::new(fd));
+                    let carrier = collector.named(title.clone());
+                    collector.sockets.carriers.push(carrier);
                 }
                 waiting.rights.push(rights);
                 waiting.attached.push(Attached {
@@ -123,6 +136,7 @@ pub(crate) fn scan(collector: &mut Collector, all: &[Found]) -> Result<()> {
         }
         collector.sockets.queues.insert(number, Some(waiting));
     }
+    collector.turn_to(looked_at);
     Ok(())
 }
 
@@ -130,9 +144,11 @@ pub(crate) fn scan(collector: &mut Collector, all: &[Found]) -> Result<()> {
 pub(crate) fn resolve(collector: &mut Collector, ends: &HashMap<(u64, u64), Vec<&Found>>) -> Result<()> {
     let flight = collector.sockets.flight.clone();
     let mut ids: Vec<Option<DescriptionId>> = Vec::with_capacity(flight.len());
-    for fd in &flight {
+    for (i, fd) in flight.iter().enumerate() {
+        collector.sockets.carrier = collector.sockets.carriers.get(i).cloned();
         ids.push(collector.describe_own(ends, fd)?);
     }
+    collector.sockets.carrier = None;
     for description in &mut collector.objects.descriptions {
         let Kind::Unix(unix) = &mut description.kind else { continue };
         let Some(Some(waiting)) = collector.sockets.queues.get(&unix.number) else { continue };
