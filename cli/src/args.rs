@@ -27,8 +27,8 @@ Examples:
   torpor restore image          wake it up again
 
 Exit codes: 0 done, 1 unexpected, 2 usage, 3 no such process, 4 privilege missing, 5 cannot be dumped,
-6 image damaged, 7 machine does not fit, 8 pid, port or file taken, gone or changed, 9 cannot write there.
-An attached `restore` exits as its program does. docs/exit-codes.md tells more.";
+6 image damaged, 7 machine does not fit, 8 pid, port or file taken, gone or changed, 9 cannot write there,
+10 a limit was hit. An attached `restore` exits as its program does. docs/exit-codes.md tells more.";
 
 /// The commands.
 #[derive(Debug, Subcommand)]

@@ -69,6 +69,7 @@ struct Refusal<'a> {
 }
 
 fn process(pid: i32, json: bool) -> anyhow::Result<Exit> {
+    crate::raise_descriptor_limit();
     let survey = torpor_dumper::check(pid)?;
     let can_be_dumped = survey.refusals.is_empty();
     if can_be_dumped {

@@ -5,13 +5,13 @@ use std::path::Path;
 use anyhow::Context;
 use clap::CommandFactory;
 use clap::error::ErrorKind;
-use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
 use torpor_dumper::{Destination, ExternalUnix, Options, Rule, Rules, Target, TcpPolicy};
-use torpor_image::manifest::Times;
+use torpor_image::manifest::{Manifest, Times};
 
 use crate::args::{Cli, DumpArgs, Tcp};
-use crate::exit::{Exit, Failure};
+use crate::exit::{self, Exit, Failure};
+use crate::held::Held;
 use crate::progress::Progress;
 use crate::{output, verify};
 
@@ -71,10 +71,13 @@ pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
         for lost in &summary.not_captured {
             output::note(&format!("not in the image: {lost}"));
         }
-        if args.json {
-            output::json(&summary)?;
-        } else {
-            output::print(&line(&summary, afterwards))?;
+        let printed =
+            if args.json { output::json(&summary) } else { output::print(&line(&summary, afterwards)) };
+        // What is done cannot be taken back: a failure would say that the process goes on and there is no image.
+        if let Err(e) = printed
+            && !output::is_closed(&e)
+        {
+            output::note(&format!("the dump is complete, but {}", exit::message(&e)));
         }
     }
     Ok(Exit::Ok)
@@ -108,6 +111,7 @@ pub(crate) fn dump(
     fsync: bool,
     choices: Choices,
 ) -> anyhow::Result<Summary> {
+    crate::raise_descriptor_limit();
     let target = Target::find_with(pid, choices.tcp, &choices.external_unix)?;
     let destination = Destination::create(dir, fsync)?;
     let survey = target.survey();
@@ -121,21 +125,10 @@ pub(crate) fn dump(
     options.files = choices.rules;
     options.external_unix = &choices.external_unix;
 
-    let held = Held::begin();
+    let held = Held::begin(&[]);
     let cancel = Held::wants_end;
     options.cancel = Some(&cancel);
-    let mut frozen = target.freeze(options.runs_on)?;
-    let manifest = if afterwards == Afterwards::Running {
-        frozen.dump_and_resume(destination, &options)?.manifest
-    } else {
-        let manifest = frozen.dump(destination, &options)?.manifest;
-        let done = if afterwards == Afterwards::Ended { frozen.kill() } else { frozen.keep_stopped() };
-        done.with_context(|| {
-            format!("the image in `{}` is complete, but the process goes on", dir.display())
-        })?;
-        manifest
-    };
-    drop(held);
+    let manifest = held.end(write(&target, destination, afterwards, &options, dir))?;
 
     Ok(Summary {
         pid,
@@ -152,6 +145,24 @@ pub(crate) fn dump(
     })
 }
 
+/// Freezes, writes, and does what is to be done with the process afterwards.
+fn write(
+    target: &Target,
+    destination: Destination,
+    afterwards: Afterwards,
+    options: &Options<'_>,
+    dir: &Path,
+) -> anyhow::Result<Manifest> {
+    let mut frozen = target.freeze(options.runs_on)?;
+    if afterwards == Afterwards::Running {
+        return Ok(frozen.dump_and_resume(destination, options)?.manifest);
+    }
+    let manifest = frozen.dump(destination, options)?.manifest;
+    let done = if afterwards == Afterwards::Ended { frozen.kill() } else { frozen.keep_stopped() };
+    done.with_context(|| format!("the image in `{}` is complete, but the process goes on", dir.display()))?;
+    Ok(manifest)
+}
+
 fn line(summary: &Summary, afterwards: Afterwards) -> String {
     let now = match afterwards {
         Afterwards::Ended => "ended",
@@ -166,43 +177,6 @@ fn line(summary: &Summary, afterwards: Afterwards) -> String {
         n => format!(" and {} below it", output::count(n - 1, "process", "processes")),
     };
     format!("dumped pid {pid} ({name}){more} to {dir}: {bytes}, frozen for {frozen}, {now}\n")
-}
-
-/// Signals held back while a process stands: Ctrl-Z at the wrong moment would leave us stopped, and with us
-/// the process that we hold; Ctrl-C would leave half an image behind. What asks us to end calls the dump off,
-/// and takes effect once everything is cleared away.
-struct Held {
-    before: Option<SigSet>,
-}
-
-const ENDS: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
-const STOPS: [Signal; 3] = [Signal::SIGTSTP, Signal::SIGTTIN, Signal::SIGTTOU];
-
-impl Held {
-    fn begin() -> Self {
-        let signals = SigSet::from_iter(STOPS.into_iter().chain(ENDS));
-        // It cannot fail; if it did, the signals would only do what they always do.
-        Held { before: signals.thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_BLOCK).ok() }
-    }
-
-    /// Whether a signal that would end us waits.
-    fn wants_end() -> bool {
-        // SAFETY: an all-zero sigset_t is a valid one.
-        let mut pending: nix::libc::sigset_t = unsafe { std::mem::zeroed() };
-        // SAFETY: `pending` is a sigset_t of ours, first to be filled and then read.
-        unsafe {
-            nix::libc::sigpending(&raw mut pending) == 0
-                && ENDS.iter().any(|s| nix::libc::sigismember(&raw const pending, *s as i32) == 1)
-        }
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        if let Some(before) = &self.before {
-            let _cannot_fail = before.thread_set_mask();
-        }
-    }
 }
 
 #[cfg(test)]

@@ -33,6 +33,8 @@ pub enum Exit {
     Conflict,
     /// 9: the output cannot be written: no permission, occupied, disk full.
     Output,
+    /// 10: a limit was hit: of open files, of processes, of memory.
+    Limit,
     /// An attached restore: the status of the program itself.
     Program(u8),
 }
@@ -51,6 +53,7 @@ impl Exit {
             Exit::Unfit => 7,
             Exit::Conflict => 8,
             Exit::Output => 9,
+            Exit::Limit => 10,
             Exit::Program(status) => status,
         }
     }
@@ -77,7 +80,11 @@ impl Exit {
 fn of_dump(error: &DumpError) -> Exit {
     match error {
         DumpError::NoProcess(_) | DumpError::Died { .. } => Exit::NoProcess,
-        DumpError::NotDumpable { .. } | DumpError::Traced { .. } | DumpError::Refused { .. } => Exit::Refused,
+        DumpError::NotDumpable { .. }
+        | DumpError::Traced { .. }
+        | DumpError::Refused { .. }
+        | DumpError::Timeout { .. }
+        | DumpError::Injection { .. } => Exit::Refused,
         DumpError::Permission { .. } => Exit::Permission,
         DumpError::Image(e) => of_writing(e),
         DumpError::Kernel { source, .. } => of_errno(source.errno()),
@@ -91,6 +98,7 @@ fn of_restore(error: &RestoreError) -> Exit {
         RestoreError::Unfit { .. } => Exit::Unfit,
         RestoreError::Conflict { .. } => Exit::Conflict,
         RestoreError::Permission { .. } => Exit::Permission,
+        RestoreError::Limit { .. } => Exit::Limit,
         RestoreError::Open { errno, .. } | RestoreError::Script { errno, .. } => of_restore_errno(*errno),
         RestoreError::Kernel { source, .. } => source.errno().map_or(Exit::Unexpected, of_restore_errno),
         _ => Exit::Unexpected,
@@ -103,8 +111,7 @@ fn of_restore_errno(errno: Errno) -> Exit {
         Errno::EADDRINUSE | Errno::EADDRNOTAVAIL | Errno::EEXIST | Errno::ENOENT | Errno::ENOTDIR => {
             Exit::Conflict
         }
-        Errno::EPERM | Errno::EACCES => Exit::Permission,
-        _ => Exit::Unexpected,
+        errno => of_errno(Some(errno)),
     }
 }
 
@@ -116,8 +123,7 @@ fn of_reading(error: &ImageError) -> Exit {
         // ELOOP: a link where the image has a file.
         ImageError::File { source, .. } => match source.raw_os_error().map(Errno::from_raw) {
             Some(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP | Errno::EISDIR) => Exit::Damaged,
-            Some(Errno::EPERM | Errno::EACCES) => Exit::Permission,
-            _ => Exit::Unexpected,
+            errno => of_errno(errno),
         },
         _ => Exit::Unexpected,
     }
@@ -125,7 +131,15 @@ fn of_reading(error: &ImageError) -> Exit {
 
 fn of_writing(error: &ImageError) -> Exit {
     match error {
-        ImageError::File { .. } | ImageError::Occupied { .. } => Exit::Output,
+        ImageError::File { source, .. }
+            if matches!(source.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) =>
+        {
+            Exit::Limit
+        }
+        ImageError::File { .. }
+        | ImageError::Occupied { .. }
+        | ImageError::Remains { .. }
+        | ImageError::Busy { .. } => Exit::Output,
         _ => Exit::Unexpected,
     }
 }
@@ -134,8 +148,14 @@ fn of_errno(errno: Option<Errno>) -> Exit {
     match errno {
         Some(Errno::ESRCH) => Exit::NoProcess,
         Some(Errno::EPERM | Errno::EACCES) => Exit::Permission,
+        Some(Errno::ENOSYS) => Exit::Unfit,
+        Some(errno) if is_limit(errno as i32) => Exit::Limit,
         _ => Exit::Unexpected,
     }
+}
+
+fn is_limit(errno: i32) -> bool {
+    matches!(Errno::from_raw(errno), Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::EFBIG)
 }
 
 /// A failure of the program itself, with the code it ends in.
@@ -243,7 +263,9 @@ mod tests {
         let open = |errno| RestoreError::Open { what: "fd 3".into(), call: "bind", errno };
         assert_eq!(code(open(Errno::EADDRINUSE)), Exit::Conflict);
         assert_eq!(code(open(Errno::EACCES)), Exit::Permission);
-        assert_eq!(code(open(Errno::ENOMEM)), Exit::Unexpected);
+        assert_eq!(code(open(Errno::ENOMEM)), Exit::Limit);
+        assert_eq!(code(open(Errno::ENOSYS)), Exit::Unfit);
+        assert_eq!(code(open(Errno::EIO)), Exit::Unexpected);
     }
 
     #[test]
@@ -277,6 +299,7 @@ mod tests {
             Exit::Unfit,
             Exit::Conflict,
             Exit::Output,
+            Exit::Limit,
         ];
         for (code, exit) in all.into_iter().enumerate() {
             assert_eq!(usize::from(exit.code()), code);

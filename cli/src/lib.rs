@@ -9,6 +9,7 @@ mod check;
 mod demo;
 mod dump;
 pub mod exit;
+mod held;
 mod names;
 mod output;
 mod pidfile;
@@ -32,7 +33,7 @@ pub fn main() -> Exit {
             return if e.use_stderr() { Exit::Usage } else { Exit::Ok };
         }
     };
-    collect_children();
+    take_signals();
     match run(cli.command) {
         Ok(exit) => exit,
         Err(e) if output::is_closed(&e) => Exit::Ok,
@@ -61,9 +62,22 @@ fn run(command: Command) -> anyhow::Result<Exit> {
     }
 }
 
-/// A parent that ignores SIGCHLD hands that down, and then the kernel throws away the status of children.
-fn collect_children() {
-    // SAFETY: the default action is no code of ours.
-    let _never_fails =
-        unsafe { nix::sys::signal::signal(nix::sys::signal::SIGCHLD, nix::sys::signal::SigHandler::SigDfl) };
+/// A parent that ignores SIGCHLD hands that down, and then the kernel throws away the status of children. A file that
+/// becomes too large (`ulimit -f`) is an error of the call, and not our end.
+fn take_signals() {
+    use nix::sys::signal::{SIGCHLD, SIGXFSZ, SigHandler, signal};
+    // SAFETY: neither action is code of ours.
+    let _never_fail = unsafe { (signal(SIGCHLD, SigHandler::SigDfl), signal(SIGXFSZ, SigHandler::SigIgn)) };
+}
+
+/// A restore opens first what a process had open, and a dump what is on its way in queues. The process gets its own
+/// limit in the end.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        // As many as there are without it will do for most.
+        let _ignored = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
 }

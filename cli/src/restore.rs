@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use nix::sys::signal::Signal;
 use nix::unistd::{Pid, getpgid, getsid, setpgid, setsid};
 use serde::Serialize;
 use torpor_image::Image;
@@ -11,6 +12,7 @@ use torpor_restorer::{Host, Options, Plan, Prepared};
 use crate::args::RestoreArgs;
 use crate::attach::{Attached, Terminal};
 use crate::exit::Exit;
+use crate::held::Held;
 use crate::output;
 use crate::pidfile::PidFile;
 use crate::progress::Progress;
@@ -25,7 +27,7 @@ pub(crate) fn run(args: &RestoreArgs) -> anyhow::Result<Exit> {
     if args.verify {
         image.verify(|_| ())?;
     }
-    raise_descriptor_limit();
+    crate::raise_descriptor_limit();
     let plan = plan(&image, args.accept_changed, args.detach)?;
     for note in &plan.notes {
         output::note(note);
@@ -42,23 +44,24 @@ pub(crate) fn run(args: &RestoreArgs) -> anyhow::Result<Exit> {
     let terminal = Terminal::remember();
     let progress = Progress::new("restoring", content(&image));
     let add = |bytes| progress.add(bytes);
-    let prepared = torpor_restorer::prepare(&image, &plan, Some(&add))?;
+    // Ctrl-\ is left for what does not want to end.
+    let held = Held::begin(&[Signal::SIGQUIT]);
+    let prepared = torpor_restorer::prepare(&image, &plan, Some(&add)).map_err(anyhow::Error::from);
     progress.finish();
+    if Held::wants_end() {
+        // All of it is gone again before the signal ends us.
+        let gone = prepared.and_then(|prepared| {
+            let what = image.tasks[0].title();
+            drop(prepared);
+            Err(torpor_restorer::Error::Cancelled { what }.into())
+        });
+        return held.end(gone);
+    }
+    let prepared = prepared?;
     for note in prepared.notes() {
         output::note(note);
     }
     if args.detach { detach(args, prepared) } else { attach(args, prepared, &terminal) }
-}
-
-/// Everything a process had open is opened here first. Its own limit is set again at its end.
-fn raise_descriptor_limit() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && soft < hard
-    {
-        // As many as there are without it will do for most.
-        let _ignored = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
-    }
 }
 
 /// Bytes of the files that are made again, which is what a restore reports as it goes on.
@@ -72,6 +75,7 @@ pub(crate) fn plan(image: &Image, accept_changed: bool, detach: bool) -> anyhow:
     let mut options = Options::default();
     options.accept_changed = accept_changed;
     options.detach = detach;
+    options.cancel = Some(Held::wants_end);
     Ok(torpor_restorer::plan(image, &Host::probe()?, &options)?)
 }
 
