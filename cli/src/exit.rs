@@ -96,7 +96,7 @@ fn of_restore(error: &RestoreError) -> Exit {
     match error {
         RestoreError::Image(e) => of_reading(e),
         RestoreError::Unfit { .. } => Exit::Unfit,
-        RestoreError::Conflict { .. } => Exit::Conflict,
+        RestoreError::Conflict { .. } | RestoreError::Fleeting { .. } => Exit::Conflict,
         RestoreError::Permission { .. } => Exit::Permission,
         RestoreError::Limit { .. } => Exit::Limit,
         RestoreError::Open { errno, .. } | RestoreError::Script { errno, .. } => of_restore_errno(*errno),

@@ -17,6 +17,9 @@ use crate::output;
 use crate::pidfile::PidFile;
 use crate::progress::Progress;
 
+/// How often a restore is tried again, ten milliseconds apart, for a pid that is about to be free.
+const FLEETING: u32 = 10;
+
 #[derive(Serialize)]
 struct Restored {
     pid: i32,
@@ -46,7 +49,16 @@ pub(crate) fn run(args: &RestoreArgs) -> anyhow::Result<Exit> {
     let add = |bytes| progress.add(bytes);
     // Ctrl-\ is left for what does not want to end.
     let held = Held::begin(&[Signal::SIGQUIT]);
-    let prepared = torpor_restorer::prepare(&image, &plan, Some(&add)).map_err(anyhow::Error::from);
+    let mut tries = 0;
+    let prepared = loop {
+        match torpor_restorer::prepare(&image, &plan, Some(&add)) {
+            Err(torpor_restorer::Error::Fleeting { .. }) if tries < FLEETING => {
+                tries += 1;
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+            done => break done.map_err(anyhow::Error::from),
+        }
+    };
     progress.finish();
     if Held::wants_end() {
         // All of it is gone again before the signal ends us.

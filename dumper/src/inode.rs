@@ -48,7 +48,27 @@ fn inode(collector: &mut Collector, found: &Found) -> Result<Option<Kind>> {
         collector.contents.push((id, Content::File(content)));
         return Ok(Some(Kind::File(id)));
     }
+    if collector.live && moves(found) {
+        return Ok(None);
+    }
     Ok(by_path(collector, &found.title(), &path, &found.stat).map(Kind::File))
+}
+
+/// Whether the name of a file is being changed by a running program, or its descriptor is closed by now: where it leads to
+/// is told by the frozen one.
+fn moves(found: &Found) -> bool {
+    let mut link = found.link.clone();
+    for _ in 0..3 {
+        if stat_path(&link[..].into()).is_some_and(|now| same(&now, &found.stat)) {
+            return false;
+        }
+        match fds::readlink(found.pid, found.fd) {
+            Ok(now) if now == link => return false,
+            Ok(now) => link = now,
+            Err(_) => return true,
+        }
+    }
+    true
 }
 
 /// A file that must be found again by `path`; refused when the path leads elsewhere.

@@ -112,6 +112,9 @@ pub(crate) fn survey(collector: &mut Collector, pid: Pid) {
     for tid in tids {
         // It may have ended.
         let Ok(status) = status::of_task(pid, tid) else { continue };
+        if matches!(status.state, 'Z' | 'X') {
+            continue;
+        }
         if status.state == 'D' {
             asleep.push((tid, runs(pid, tid)));
         }

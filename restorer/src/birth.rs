@@ -390,10 +390,10 @@ pub(crate) fn spawn_root(place: &Place, root: &Task, trap: i32, context: u64, st
 /// Why an id could not be had.
 pub(crate) fn failure(task: &str, id: i32, errno: Errno) -> Error {
     match errno {
-        Errno::EEXIST => {
-            let (why, remedy) = holder::of_pid(id);
-            Error::Conflict { what: task.to_owned(), why, remedy: remedy.into() }
-        }
+        Errno::EEXIST => match holder::of_pid(id) {
+            Some((why, remedy)) => Error::Conflict { what: task.to_owned(), why, remedy: remedy.into() },
+            None => Error::Fleeting { what: task.to_owned(), id },
+        },
         Errno::EAGAIN => Error::Limit {
             what: task.to_owned(),
             call: "clone3",

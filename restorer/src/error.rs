@@ -44,6 +44,15 @@ pub enum Error {
         /// What the user can do.
         remedy: &'static str,
     },
+    /// A pid is taken, by nobody that can be seen: a thread that has just ended keeps its number for a moment longer than
+    /// its process shows it (kernel/exit.c, `release_task`).
+    #[error("cannot restore {what}: pid {id} is taken, but by nobody that can be seen; try again")]
+    Fleeting {
+        /// The process.
+        what: String,
+        /// The pid.
+        id: i32,
+    },
     /// A limit was hit.
     #[error("cannot restore {what}: {call}: {errno}; {remedy}")]
     Limit {

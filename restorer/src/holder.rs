@@ -6,12 +6,12 @@ use torpor_kernel::ids::Pid;
 use torpor_kernel::{fds, process, sock_diag, stat, status};
 
 /// Who has a number that is wanted as a pid, and what can be done.
-pub(crate) fn of_pid(id: i32) -> (String, &'static str) {
+pub(crate) fn of_pid(id: i32) -> Option<(String, &'static str)> {
     const STOP_IT: &str = "wait until it ends, or stop it";
     let named = |pid: i32| format!("pid {pid} ({})", process::who_holds(pid).unwrap_or_default());
     // /proc opens by any tid.
     if let (Some(name), Ok(status)) = (process::who_holds(id), status::of_process(Pid(id))) {
-        return match status.tgid {
+        return Some(match status.tgid {
             tgid if tgid != id => (format!("pid {id} is taken by a thread of {}", named(tgid)), STOP_IT),
             _ if status.state == 'Z' => (
                 format!(
@@ -21,7 +21,7 @@ pub(crate) fn of_pid(id: i32) -> (String, &'static str) {
                 "let that parent collect it (wait), or end the parent",
             ),
             _ => (format!("pid {id} is taken by `{name}`"), STOP_IT),
-        };
+        });
     }
     let all = std::fs::read_dir("/proc").into_iter().flatten();
     let pids = all.filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
@@ -34,7 +34,7 @@ pub(crate) fn of_pid(id: i32) -> (String, &'static str) {
         };
         Some(format!("pid {id} is the {what} of {}", named(pid.0)))
     });
-    (member.unwrap_or_else(|| format!("pid {id} is taken")), "wait until all of them end, or stop them")
+    Some((member?, "wait until all of that end, or stop them"))
 }
 
 /// The process that listens on an address, as "pid 901 (nginx)".
