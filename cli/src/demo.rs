@@ -66,7 +66,8 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<Exit> {
          $ torpor dump {pid} {}\n\n",
         dir.display()
     ))?;
-    let summary = dump(pid, &dir, Afterwards::Ended, false, Choices::default())?;
+    let (summary, held) = dump(pid, &dir, Afterwards::Ended, false, Choices::default())?;
+    drop(held);
     counter.bury()?;
     let image = Image::open(&dir)?;
     say(&indented(&show::head(&image)?))?;

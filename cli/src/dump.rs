@@ -66,7 +66,7 @@ pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
         Tcp::Keep => TcpPolicy::Keep,
     };
     let choices = Choices { rules: rules(args)?, tcp, external_unix: args.external_unix.clone() };
-    let summary = dump(args.pid, &args.dir, afterwards, args.fsync, choices)?;
+    let (summary, held) = dump(args.pid, &args.dir, afterwards, args.fsync, choices)?;
     if !args.quiet {
         for lost in &summary.not_captured {
             output::note(&format!("not in the image: {lost}"));
@@ -80,6 +80,7 @@ pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
             output::note(&format!("the dump is complete, but {}", exit::message(&e)));
         }
     }
+    held.keep();
     Ok(Exit::Ok)
 }
 
@@ -103,16 +104,18 @@ fn rules(args: &DumpArgs) -> anyhow::Result<Rules> {
     Ok(rules)
 }
 
-/// Dumps `pid` into `dir`. When this fails the process goes on as before.
+/// Dumps `pid` into `dir`. When this fails the process goes on as before. Signals are held back until it has been told.
 pub(crate) fn dump(
     pid: i32,
     dir: &Path,
     afterwards: Afterwards,
     fsync: bool,
     choices: Choices,
-) -> anyhow::Result<Summary> {
+) -> anyhow::Result<(Summary, Held)> {
     crate::raise_descriptor_limit();
     let target = Target::find_with(pid, choices.tcp, &choices.external_unix)?;
+    // What is made in the directory from here on is removed again.
+    let held = Held::begin(&[]);
     let destination = Destination::create(dir, fsync)?;
     let survey = target.survey();
     let progress = Progress::new("dumping", survey.resident());
@@ -125,12 +128,11 @@ pub(crate) fn dump(
     options.files = choices.rules;
     options.external_unix = &choices.external_unix;
 
-    let held = Held::begin(&[]);
     let cancel = Held::wants_end;
     options.cancel = Some(&cancel);
-    let manifest = held.end(write(&target, destination, afterwards, &options, dir))?;
+    let (manifest, held) = held.end(write(&target, destination, afterwards, &options, dir))?;
 
-    Ok(Summary {
+    let summary = Summary {
         pid,
         name: survey.root().name.clone(),
         processes: survey.processes.len(),
@@ -142,7 +144,8 @@ pub(crate) fn dump(
         ran_on: manifest.ran_on,
         not_captured: manifest.not_captured,
         times: manifest.times,
-    })
+    };
+    Ok((summary, held))
 }
 
 /// Freezes, writes, and does what is to be done with the process afterwards.

@@ -38,15 +38,23 @@ impl Held {
         }
     }
 
-    /// Lets signals go. An error is told before one of them ends us.
-    pub(crate) fn end<T>(self, result: anyhow::Result<T>) -> anyhow::Result<T> {
-        if let Err(e) = &result
-            && Self::wants_end()
-        {
-            output::complain(&exit::message(e));
+    /// After a failure lets signals go; it is told before one of them ends us.
+    pub(crate) fn end<T>(self, result: anyhow::Result<T>) -> anyhow::Result<(T, Self)> {
+        match result {
+            Ok(done) => Ok((done, self)),
+            Err(e) => {
+                if Self::wants_end() {
+                    output::complain(&exit::message(&e));
+                }
+                drop(self);
+                Err(e)
+            }
         }
-        drop(self);
-        result
+    }
+
+    /// It is done: what came too late must not make it look as if it were not.
+    pub(crate) fn keep(mut self) {
+        self.before = None;
     }
 }
 

@@ -60,20 +60,21 @@ pub(crate) fn run(args: &RestoreArgs) -> anyhow::Result<Exit> {
         }
     };
     progress.finish();
-    if Held::wants_end() {
-        // All of it is gone again before the signal ends us.
-        let gone = prepared.and_then(|prepared| {
-            let what = image.tasks[0].title();
+    let prepared = prepared.and_then(|prepared| {
+        if Held::wants_end() {
+            // All of it is gone again before the signal ends us.
             drop(prepared);
-            Err(torpor_restorer::Error::Cancelled { what }.into())
-        });
-        return held.end(gone);
-    }
-    let prepared = prepared?;
+            return Err(torpor_restorer::Error::Cancelled { what: image.tasks[0].title() }.into());
+        }
+        Ok(prepared)
+    });
+    let (prepared, held) = held.end(prepared)?;
     for note in prepared.notes() {
         output::note(note);
     }
-    if args.detach { detach(args, prepared) } else { attach(args, prepared, &terminal) }
+    let exit = if args.detach { detach(args, prepared)? } else { attach(args, prepared, &terminal)? };
+    held.keep();
+    Ok(exit)
 }
 
 /// Bytes of the files that are made again, which is what a restore reports as it goes on.

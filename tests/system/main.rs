@@ -8,6 +8,7 @@ mod faults;
 mod files;
 mod golden;
 mod io_uring;
+mod interrupted;
 mod ipc;
 mod pty;
 mod refusals;
@@ -32,6 +33,7 @@ fn main() {
     trials.extend(tree::trials());
     trials.extend(unix::trials());
     trials.extend(refusals::trials());
+    trials.extend(interrupted::trials());
     trials.extend(pty::trials());
     trials.extend(io_uring::trials());
     if !torpor_tests::is_root() {
