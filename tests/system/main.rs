@@ -10,6 +10,7 @@ mod golden;
 mod io_uring;
 mod interrupted;
 mod ipc;
+mod obstacles;
 mod pty;
 mod refusals;
 mod state;
@@ -34,6 +35,7 @@ fn main() {
     trials.extend(unix::trials());
     trials.extend(refusals::trials());
     trials.extend(interrupted::trials());
+    trials.extend(obstacles::trials());
     trials.extend(pty::trials());
     trials.extend(io_uring::trials());
     if !torpor_tests::is_root() {
