@@ -34,7 +34,11 @@ pub(crate) fn is_terminal(device: u64) -> bool {
 pub(crate) fn collect(collector: &mut Collector, found: &Found) -> Result<Option<Kind>> {
     let named = (libc::major(found.stat.st_rdev), libc::minor(found.stat.st_rdev));
     if found.info.flags & libc::O_PATH as u32 != 0 {
-        collector.refuse(found.title(), "a terminal opened with O_PATH cannot be dumped", "close it");
+        collector.refuse(
+            found.title(),
+            "a terminal opened with O_PATH cannot be dumped",
+            "close it before the dump",
+        );
         return Ok(None);
     }
     let fd = match found.get(collector) {

@@ -104,7 +104,9 @@ fn advice(operation: &str, error: &io::Error) -> &'static str {
     match error.kind() {
         Kind::NotFound if reading => "; take the image from its source again",
         Kind::NotFound => "; make the directories above it first",
-        Kind::NotADirectory if !reading => "; name a directory",
+        Kind::NotADirectory if reading => "; name the directory a dump was written to",
+        Kind::NotADirectory => "; name a directory",
+        Kind::IsADirectory if reading => "; take the image from its source again",
         Kind::PermissionDenied if reading => "; run torpor as a user who may read it",
         Kind::PermissionDenied => "; name a directory that this user may write to",
         Kind::StorageFull | Kind::QuotaExceeded => "; make room there, or name a directory elsewhere",
