@@ -46,7 +46,8 @@ impl ImageWriter {
             Err(e) => return Err(Error::file("make directory", dir)(e)),
         };
         let result = Self::prepare(dir, made_dir, fsync);
-        if result.is_err() && made_dir {
+        // One that another dump has by now is that one's.
+        if result.as_ref().is_err_and(|e| !matches!(e, Error::Busy { .. })) && made_dir {
             let _best_effort = fs::remove_dir(dir);
         }
         result
