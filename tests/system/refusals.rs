@@ -75,7 +75,6 @@ const ALL: &[(&str, When, &[&str])] = &[
     ("mapped ring", Before, &["memory shared with a socket", "unmap it"]),
     ("mapped link", Before, &["its name was removed", "give it a name where the old one was"]),
     ("removed directory", Before, &["it is a directory that was removed", "close it"]),
-    ("lease", Before, &["a lease cannot be dumped", "F_UNLCK"]),
     ("symbolic link", Before, &["a symbolic link itself", "close it"]),
     ("namespace", Before, &["uts:[", "it stands for a namespace", "close it"]),
     ("detached mount", Before, &["attached nowhere", "undo that mount"]),

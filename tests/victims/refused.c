@@ -85,7 +85,6 @@ int main(int argc, char **argv) {
     IS("mapped link") { int f = open("old", O_RDWR | O_CREAT, 0600); CHECK(!mkdir("far", 0755)); CHECK(!ftruncate(f, 4096)); map(4096, PROT_READ, MAP_SHARED, f, 0); CHECK(!link("old", "far/new")); CHECK(!unlink("old")); close(f); fd = own; }
     /* files */
     IS("removed directory") { CHECK(!mkdir("gone", 0755)); fd = open("gone", O_RDONLY); CHECK(!rmdir("gone")); }
-    IS("lease") { fd = open("lease", O_RDONLY | O_CREAT, 0600); if (fcntl(fd, F_SETLEASE, F_RDLCK)) { close(fd); fd = -1; } }
     IS("symbolic link") { CHECK(!symlink("nowhere", "link")); fd = open("link", O_PATH | O_NOFOLLOW); }
     IS("namespace") fd = open("/proc/self/ns/uts", O_RDONLY);
     IS("detached mount") fd = syscall(428, AT_FDCWD, dir, 1 | O_CLOEXEC);
