@@ -161,6 +161,23 @@ fn names(set: u64) -> String {
     all.map(|(_, name)| format!("CAP_{name}")).collect::<Vec<_>>().join(", ")
 }
 
+/// What a user or group that cannot be had means, told by the purpose of the call: in a user namespace there are those
+/// that are mapped into it (user_namespaces(7)).
+pub(crate) fn unmapped(task: &Task, purpose: &str) -> Option<Error> {
+    let first = &task.leader().credentials;
+    let wanted = match purpose {
+        "user ids" => format!("user {}", first.uids[0]),
+        "group ids" => format!("group {}", first.gids[0]),
+        "supplementary groups" => format!("every one of the groups {:?}", first.groups),
+        _ => return None,
+    };
+    Some(Error::Unfit {
+        what: task.title(),
+        why: format!("torpor's user namespace does not have {wanted}"),
+        remedy: "restore it outside of that namespace, or map it there (/proc/PID/uid_map, gid_map)".into(),
+    })
+}
+
 /// What a call of [`plan`] that is not permitted means, told by its purpose.
 pub(crate) fn denied(task: &Task, purpose: &str) -> Option<Error> {
     let error = |what: String, call, remedy| Error::Permission { what, call, errno: Errno::EPERM, remedy };

@@ -2,6 +2,7 @@
 
 mod born;
 mod complete;
+mod failed;
 
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -15,13 +16,13 @@ use torpor_parasite::script::{OpId, Placed, Script, Surroundings};
 use torpor_parasite::wire::{Context, Heal, STACK, command, heal, kind, state};
 
 use crate::arena::Arena;
-use crate::birth::{self, word};
+use crate::birth::word;
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::late::{self, Moment};
 use crate::open::Opener;
 use crate::plan::{Layout, Open, Plan, SHARED, TaskPlan, layout, plan};
-use crate::{credentials, directory, inode, io_uring, mqueue, rules, sysv, terminal, unix};
+use crate::{directory, inode, io_uring, mqueue, rules, sysv, terminal, unix};
 
 /// How often a plan is made anew when its place in our memory was taken meanwhile.
 const ATTEMPTS: u32 = 8;
@@ -357,57 +358,6 @@ impl Building<'_> {
             }
         }
         Ok(())
-    }
-
-    /// Why a script has not been run to its end.
-    fn failure(
-        &self,
-        title: &str,
-        script: &Script,
-        placed: Placed,
-        arena: &mut Arena,
-        context: usize,
-    ) -> Error {
-        let failed = arena.context(context).failed;
-        let result = script.outcome(placed, arena.bytes()).result(OpId(failed));
-        let errno = Errno::from_raw(-result as i32);
-        let step = script.steps().get(failed as usize);
-        let purpose = step.map_or_else(|| "state".to_owned(), |s| s.purpose.to_string());
-        if let Some(step) = step
-            && step.kind == kind::SPAWN
-        {
-            return birth::failure(&format!("{title}: {purpose}"), step.expected as i32, errno);
-        }
-        if result >= 0 {
-            // A read that came up short: the file is not what it was.
-            return Error::Script {
-                task: title.to_owned(),
-                purpose: format!("{purpose}: unexpected result {result}"),
-                errno: Errno::EIO,
-            };
-        }
-        let task = self.image.tasks.iter().find(|t| t.title() == title);
-        if errno == Errno::EPERM
-            && let Some(denied) = task.and_then(|task| credentials::denied(task, &purpose))
-        {
-            return denied;
-        }
-        match (purpose.as_str(), errno) {
-            ("the cpu affinity", Errno::EINVAL) => Error::Unfit {
-                what: title.to_owned(),
-                why: "a thread may run only on cpus that are not here, or not in torpor's cpuset".into(),
-                remedy:
-                    "restore it where one of these cpus is (`torpor show --json` lists them as `affinity`)"
-                        .into(),
-            },
-            // An area behind the end of its file cannot be filled.
-            (of, Errno::EFAULT) if of.starts_with("contents of memory") => Error::Conflict {
-                what: title.to_owned(),
-                why: format!("{purpose}: {errno}: the file that is mapped there is shorter than it was"),
-                remedy: "put the old file back".into(),
-            },
-            _ => Error::Script { task: title.to_owned(), purpose, errno },
-        }
     }
 
     fn died(&self, task: usize, how: &str) -> Error {
