@@ -319,18 +319,21 @@ fn begin(planner: &mut Planner<'_>, place: Place, scratch: &BTreeMap<InodeId, u6
 
 /// What each task has of its memory when it makes those that begin with it.
 fn earlies(image: &Image, lineage: &Lineage) -> Vec<Early> {
-    let mut all: Vec<Early> = Vec::with_capacity(image.tasks.len());
-    for (i, task) in image.tasks.iter().enumerate() {
+    let mut all: Vec<Early> = vec![Early::new(); image.tasks.len()];
+    // Who made a task need not stand before it.
+    let made_by = |i: usize| lineage.nodes[i].origin.map(|origin| origin.creator);
+    let mut order: Vec<usize> = (0..image.tasks.len()).collect();
+    order.sort_by_key(|&i| std::iter::successors(Some(i), |&at| made_by(at)).count());
+    for i in order {
         let own = |(child, _): (usize, _)| match lineage.nodes[child].role {
             Role::Task(index) => Some(&image.tasks[index]).filter(|t| t.shares.memory.is_none()),
             _ => None,
         };
         let children: Vec<&Task> = lineage.made_by(i, Stage::Filled).filter_map(own).collect();
-        let early = match children.is_empty() {
-            true => Early::new(),
-            false => memory::early(image, task, begins(image, lineage, &all, i), &children),
-        };
-        all.push(early);
+        if !children.is_empty() {
+            let begins = begins(image, lineage, &all, i);
+            all[i] = memory::early(image, &image.tasks[i], begins, &children);
+        }
     }
     all
 }

@@ -1,11 +1,13 @@
 /* flock, POSIX and open-file-description locks, seen from outside by other descriptions and another process's eyes (/proc/locks). */
 #include "check.h"
-static int holds(const char *kind, const char *mode, ino_t inode, long from, long to) {
+/* The list comes in pieces, and changes between them as others lock. */
+static int once(const char *kind, const char *mode, ino_t inode, long from, long to) {
     FILE *f = fopen("/proc/locks", "re"); char line[256], k[16], m[16]; int found = 0; long a; unsigned long ino; char end[32]; int pid;
     while (fgets(line, sizeof line, f)) if (sscanf(line, "%*d: %15s ADVISORY %15s %d %*x:%*x:%lu %ld %31s", k, m, &pid, &ino, &a, end) == 6 && !strcmp(k, kind) && !strcmp(m, mode) && ino == inode && a == from && (to < 0 ? !strcmp(end, "EOF") : atol(end) == to) && (pid == getpid() || !strcmp(kind, "FLOCK"))) found++;
     fclose(f);
     return found;
 }
+static int holds(const char *kind, const char *mode, ino_t inode, long from, long to) { int found = 0; for (int i = 0; i < 50 && (found = once(kind, mode, inode, from, to)) != 1; i++) nap(1); return found; }
 int main(int argc, char **argv) {
     begin(argc, argv);
     int a = open(in_dir("a"), O_CREAT | O_RDWR, 0600), b = open(in_dir("b"), O_CREAT | O_RDWR, 0600), c = open(in_dir("c"), O_CREAT | O_RDWR, 0600); int ad = dup(a);
