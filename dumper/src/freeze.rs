@@ -181,6 +181,8 @@ impl FrozenTree {
 
     /// Ends every process and waits until nothing of them is left but what parents must collect.
     pub(crate) fn kill(mut self) -> Result<()> {
+        // From here on they end with us: were we killed between the signals, those without one would go on alone.
+        self.bind(true);
         // All at once, before any end can be noticed by another.
         for process in &self.processes {
             process.signal(nix::sys::signal::Signal::SIGKILL, "ending it")?;
