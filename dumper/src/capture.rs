@@ -12,7 +12,7 @@ use torpor_image::task::{Shares, Task};
 use torpor_image::write::{DataFile, ImageWriter};
 use torpor_image::zombie::Zombie;
 use torpor_image::{Bytes, Pid as ImagePid};
-use torpor_kernel::ids::Pid;
+use torpor_kernel::ids::{Pid, Tid};
 use torpor_kernel::stat;
 use torpor_parasite::script::Outcome;
 
@@ -20,7 +20,7 @@ use crate::collect::Collector;
 use crate::description::{self, Found};
 use crate::dump::{Destination, Dumped, Options};
 use crate::error::{Error, Result};
-use crate::freeze::FrozenTree;
+use crate::freeze::{Frozen, FrozenTree};
 use crate::gadget::Gadgets;
 use crate::hold::Hold;
 use crate::memory::{self, Copied, Space};
@@ -29,7 +29,7 @@ use crate::restart::Restarts;
 use crate::scratch::{self, Files};
 use crate::stage::Stage;
 use crate::task::{self, Outside, Prepared};
-use crate::{inject, io_uring, lease, sharing, survey, sysv, tcp, vma, workers};
+use crate::{inject, io_uring, lease, sharing, survey, sysv, tcp, thread, vma, workers};
 
 /// Everything of a tree at one instant: it may go on, or be ended, whatever happens to this.
 #[derive(Debug)]
@@ -72,20 +72,24 @@ pub(crate) fn capture<'s>(
     let looks = looks(stopped, opened, &shares)?;
     // Descriptors first: through them files can be opened that only a privilege opens by their mappings.
     let (found, outsides): (Vec<_>, Vec<_>) = looks.into_iter().unzip();
+    let threads = threads(stopped)?;
     let tables = description::collect(&mut collector, found)?;
     *hold = tcp::finish(&mut collector)?;
-    let mut vmas = Vec::with_capacity(tables.len());
-    for (process, outside) in stopped.processes.iter().zip(&outsides) {
+    let (mut vmas, mut programs) = (Vec::with_capacity(tables.len()), Vec::with_capacity(tables.len()));
+    for ((process, outside), threads) in stopped.processes.iter().zip(&outsides).zip(&threads) {
         collector.turn_to(process.living());
-        survey::refuse_process(&mut collector, process.pid() == root, &outside.status)?;
+        survey::refuse_process(&mut collector, process.pid() == root, &threads[0].status)?;
         vmas.push(vma::collect(&mut collector, &outside.maps)?);
-        task::exe(&mut collector)?;
+        programs.push(task::exe(&mut collector)?);
     }
+    collector.turn_to(root);
+    scratch::decide(&mut collector, outsides.iter().map(|o| o.cwd.clone()))?;
+    lease::confirm(&mut collector, vmas.iter().flatten());
     sysv::collect(&mut collector)?;
     let mut prepared = Vec::with_capacity(tables.len());
-    for (process, outside) in stopped.processes.iter().zip(&outsides) {
+    for ((process, outside), threads) in stopped.processes.iter().zip(&outsides).zip(threads) {
         collector.turn_to(process.living());
-        prepared.push(task::prepare(&mut collector, process, outside, restarts)?);
+        prepared.push(task::prepare(&mut collector, process, outside, threads, restarts)?);
     }
     // What the survey saw may have changed before the freeze.
     if !collector.refusals.is_empty() {
@@ -119,22 +123,18 @@ pub(crate) fn capture<'s>(
         })?
     };
     let mut tasks: Vec<Task> = Vec::with_capacity(tables.len());
-    let mut vdso = Bytes::default();
+    let vdso = prepared.iter().zip(&outsides).find_map(|(p, o)| p.vdso(o)).transpose()?.unwrap_or_default();
     let all = prepared.into_iter().zip(outsides).zip(outcomes).zip(vmas).zip(tables);
     for (i, ((((prepared, outside), outcomes), vmas), table)) in all.enumerate() {
         let process = &mut stopped.processes[i];
         collector.turn_to(process.living());
         let known = (prepared, outside);
-        let collected = task::assemble(&mut collector, process, gadgets[i], known, &outcomes, vmas, table)?;
-        tasks.push(Task { shares: shares[i], ..collected.task });
-        if vdso.is_empty() {
-            vdso = collected.vdso;
-        }
+        let what = (programs[i], vmas, table);
+        let task = task::assemble(&mut collector, process, gadgets[i], known, &outcomes, what)?;
+        tasks.push(Task { shares: shares[i], ..task });
     }
     let zombies = stopped.zombies.iter().map(|pid| zombie(*pid)).collect::<Result<_>>()?;
     collector.turn_to(root);
-    scratch::decide(&mut collector, &tasks)?;
-    lease::confirm(&mut collector, &tasks);
     io_uring::refuse_unreachable(&mut collector, &tasks);
     if !collector.refusals.is_empty() {
         return Err(Error::Refused { pid: root, refusals: collector.refusals });
@@ -179,6 +179,14 @@ fn looks(stopped: &FrozenTree, opened: &[Opened], shares: &[Shares]) -> Result<V
         Ok((found, task::look(own, opened.pid)?))
     };
     workers::each(&all, look).into_iter().collect()
+}
+
+/// What is told of every thread, by process.
+fn threads(stopped: &FrozenTree) -> Result<Vec<Vec<thread::Outside>>> {
+    let of = |p: &Frozen| p.threads().iter().map(|t| (p.pid(), t.tid)).collect::<Vec<_>>();
+    let all: Vec<(Pid, Tid)> = stopped.processes.iter().flat_map(of).collect();
+    let mut looks = workers::each(&all, |(pid, tid)| thread::look(*pid, *tid)).into_iter();
+    stopped.processes.iter().map(|p| looks.by_ref().take(p.threads().len()).collect()).collect()
 }
 
 /// How a process is entered: its scripts, its memory map, the code that is used for it.

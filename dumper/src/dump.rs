@@ -35,7 +35,7 @@ const START: std::time::Duration = std::time::Duration::from_millis(2);
 /// Searches the code that a process has at this moment.
 fn gadgets_now(known: &mut Known, pid: Pid) -> Result<Gadgets> {
     let maps = torpor_kernel::maps::maps(pid).map_err(Error::kernel(pid, "reading its memory map"))?;
-    let memory = Memory::open(pid, false).map_err(|source| Error::Permission { pid, source })?;
+    let memory = Memory::open(pid, false).map_err(Error::looking(pid, "opening its memory"))?;
     known.find(pid, &maps, &memory)
 }
 

@@ -178,7 +178,8 @@ impl Error {
         matches!(self, Error::Kernel { source, .. } if source.errno() == Some(Errno::EBADF))
     }
 
-    /// Wraps the failure of a look into `pid`, for which a privilege may be missing.
+    /// Wraps the failure of a look into `pid`, for which a privilege may be missing. The kernel refuses a process
+    /// that has just ended by other errors (fs/proc/base.c, `proc_mem_open`: ESRCH).
     pub(crate) fn looking(pid: Pid, doing: impl Into<String>) -> impl FnOnce(kernel::Error) -> Self {
         let other = Self::kernel(pid, doing);
         move |source| match source.errno() {

@@ -18,11 +18,11 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use torpor_kernel::ids::{Pid, Tid};
+use torpor_kernel::priority::RealTime;
 use torpor_kernel::ptrace::{self, Stop};
 use torpor_kernel::{process, status};
 
 use crate::error::{Error, Refusal, Result};
-use crate::priority::RealTime;
 
 /// How threads are traced.
 const OPTIONS: u32 = ptrace::OPTION_SYSGOOD;

@@ -24,8 +24,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::errno::Errno;
+use torpor_kernel::priority::urgent;
 
-use crate::priority::urgent;
 use crate::robust::{Held, wake};
 
 /// How long sockets are kept for: about as long as a peer goes on asking (tcp(7), `tcp_retries2`).

@@ -20,7 +20,7 @@ use torpor_image::{DescriptionId, Pid as ImagePid};
 use torpor_kernel::fdinfo::{self, Detail};
 use torpor_kernel::ids::Pid;
 use torpor_kernel::io_uring::look::{Look, Ring};
-use torpor_kernel::io_uring::{self, Params, Queue, area, setup};
+use torpor_kernel::io_uring::{self, Queue, area, setup};
 use torpor_kernel::{fds, maps};
 
 use crate::collect::Collector;
@@ -185,7 +185,10 @@ fn read(ring: &Ring, fd: BorrowedFd<'_>) -> std::result::Result<IoUring, Obstacl
         io_uring::make(ring.sq_entries, ring.cq_entries, flags | setup::R_DISABLED).map_err(failed)?;
     let queues = Queue::map(fd, area::RING, params.ring_length()).map_err(failed)?;
     let requests = Queue::map(fd, area::REQUESTS, params.requests_length()).map_err(failed)?;
-    let offsets = offsets(&params);
+    let offsets = {
+        let (sq, cq) = params.offsets();
+        Offsets::new(sq, cq)
+    };
     let image = IoUring {
         flags: ring.flags,
         sq_entries: ring.sq_entries,
@@ -222,26 +225,6 @@ fn read(ring: &Ring, fd: BorrowedFd<'_>) -> std::result::Result<IoUring, Obstacl
         return Err(Obstacle::Busy(why.into(), ANEW));
     }
     Ok(image)
-}
-
-fn offsets(params: &Params) -> Offsets {
-    let (sq, cq) = (&params.sq_off, &params.cq_off);
-    Offsets {
-        sq_head: sq.head,
-        sq_tail: sq.tail,
-        sq_ring_mask: sq.ring_mask,
-        sq_ring_entries: sq.ring_entries,
-        sq_flags: sq.flags,
-        sq_dropped: sq.dropped,
-        sq_array: sq.array,
-        cq_head: cq.head,
-        cq_tail: cq.tail,
-        cq_ring_mask: cq.ring_mask,
-        cq_ring_entries: cq.ring_entries,
-        cq_overflow: cq.overflow,
-        cq_cqes: cq.cqes,
-        cq_flags: cq.flags,
-    }
 }
 
 /// Whether a mapping is of the queues of a ring.

@@ -7,8 +7,7 @@
 use torpor_image::description::Kind;
 use torpor_image::inode::Source;
 use torpor_image::lock::Lease;
-use torpor_image::task::Task;
-use torpor_image::vma::Mapping;
+use torpor_image::vma::{Mapping, Vma};
 use torpor_image::{InodeId, Pid};
 use torpor_kernel::fdinfo::LockKind;
 use torpor_kernel::process;
@@ -55,15 +54,15 @@ pub(crate) fn collect(collector: &mut Collector, found: &Found, kind: &Kind) -> 
     Some(Lease { exclusive: lock.write, holder: Pid(lock.pid) })
 }
 
-/// Refuses, when all tasks were looked at, leases that cannot be had again.
-pub(crate) fn confirm(collector: &mut Collector, tasks: &[Task]) {
+/// Refuses leases that cannot be had again; `vmas` are the areas of all processes.
+pub(crate) fn confirm<'v>(collector: &mut Collector, vmas: impl Iterator<Item = &'v Vma> + Clone) {
     for inode in exclusive(collector) {
         let name = collector.objects.inodes[inode.0 as usize].name();
         let maps = |mapping: &Mapping| match mapping {
             Mapping::Private { inode: of, .. } | Mapping::Shared { inode: of, .. } => *of == inode,
             _ => false,
         };
-        if tasks.iter().flat_map(|t| &t.memory.vmas).any(|v| maps(&v.mapping)) {
+        if vmas.clone().any(|v| maps(&v.mapping)) {
             let why = "it is mapped, and a write lease is given for a file that is open once only";
             collector.refuse(format!("`{name}`"), why, REMEDY);
         }

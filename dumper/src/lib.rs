@@ -45,7 +45,6 @@ mod packet;
 mod peek;
 mod pidfd;
 mod pipe;
-mod priority;
 mod pty;
 mod raw;
 mod repair;

@@ -1,10 +1,10 @@
-//! sched(7), all of it from outside but the timer slack.
+//! sched(7), all of it from outside but the timer slack, which is 0 here.
 
 use torpor_image::scheduling::Scheduling;
 use torpor_kernel::ids::Tid;
 use torpor_kernel::process;
 
-pub(crate) fn collect(tid: Tid, timer_slack: u64) -> torpor_kernel::Result<Scheduling> {
+pub(crate) fn collect(tid: Tid) -> torpor_kernel::Result<Scheduling> {
     let attr = process::scheduling(tid)?;
     Ok(Scheduling {
         policy: attr.policy,
@@ -17,6 +17,6 @@ pub(crate) fn collect(tid: Tid, timer_slack: u64) -> torpor_kernel::Result<Sched
         utilization: (attr.util_min, attr.util_max),
         affinity: process::affinity(tid)?.into(),
         io_priority: process::io_priority(tid)?,
-        timer_slack,
+        timer_slack: 0,
     })
 }

@@ -26,7 +26,6 @@ use torpor_image::description::Kind;
 use torpor_image::directory::Directory;
 use torpor_image::inode::Source;
 use torpor_image::rules::Rule;
-use torpor_image::task::Task;
 use torpor_image::{Bytes, InodeId};
 use torpor_kernel::ids::Pid;
 
@@ -95,10 +94,14 @@ pub(crate) fn mapped(collector: &mut Collector, id: InodeId, shared: bool, may_w
     used.written |= shared && may_write;
 }
 
-/// Decides of every file with a name that `tasks` have, and adds what is to be copied to the collector's contents.
-pub(crate) fn decide(collector: &mut Collector, tasks: &[Task]) -> Result<()> {
+/// Decides of every file with a name that was met, and adds what is to be copied to the collector's contents.
+/// `working_directories` are those that the processes work in.
+pub(crate) fn decide(
+    collector: &mut Collector,
+    working_directories: impl Iterator<Item = Bytes>,
+) -> Result<()> {
     let mut spares = Vec::new();
-    let mut above: Vec<(Bytes, Reach)> = tasks.iter().map(|t| (t.cwd.clone(), Reach::Born)).collect();
+    let mut above: Vec<(Bytes, Reach)> = working_directories.map(|cwd| (cwd, Reach::Born)).collect();
     for index in 0..collector.objects.inodes.len() {
         let inode = &collector.objects.inodes[index];
         if let Source::Deleted { path, .. } = &inode.source {

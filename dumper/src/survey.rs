@@ -317,13 +317,7 @@ pub(crate) fn refuse_process(
     status: &status::Status,
 ) -> Result<()> {
     let pid = collector.pid;
-    let theirs = match process::namespaces(pid) {
-        Ok(all) => all,
-        Err(e) if matches!(e.errno(), Some(nix::errno::Errno::EACCES | nix::errno::Errno::EPERM)) => {
-            return Err(Error::Permission { pid, source: e });
-        }
-        Err(e) => return Err(Error::kernel(pid, "reading its namespaces")(e)),
-    };
+    let theirs = process::namespaces(pid).map_err(Error::looking(pid, "reading its namespaces"))?;
     for (name, own) in process::namespaces(Pid::this()).map_err(Error::kernel(pid, "reading namespaces"))? {
         // That of children is named only where it is another one.
         let of_children = name.strip_suffix("_for_children");

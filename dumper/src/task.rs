@@ -6,11 +6,10 @@ use torpor_image::memory::{AddressSpace, MmFields};
 use torpor_image::task::{Shares, Task};
 use torpor_image::vma::Vma;
 use torpor_image::{Bytes, InodeId, Pid as ImagePid};
-use torpor_kernel::ids::Pid;
+use torpor_kernel::ids::{Pid, RemoteAddr};
 use torpor_kernel::maps::Mapping;
 use torpor_kernel::memory::Memory;
 use torpor_kernel::stat::{self, Stat};
-use torpor_kernel::status::{self, Status};
 use torpor_kernel::timers::{self, PosixTimer};
 use torpor_kernel::{process, ptrace};
 use torpor_parasite::script::{Data, OpId, Outcome, Script, Value};
@@ -91,24 +90,17 @@ fn ask(script: &mut Script) -> Asked {
     }
 }
 
-/// A process whose memory contents are still to be copied.
-pub(crate) struct Collected {
-    pub(crate) task: Task,
-    pub(crate) vdso: Bytes,
-}
-
 /// What /proc tells of a stopped process.
 #[derive(Debug)]
 pub(crate) struct Outside {
     pub(crate) maps: Vec<Mapping>,
-    pub(crate) status: Status,
     stat: Stat,
     /// Of a thread that lives: of a first thread that has ended no addresses are shown.
     living: Stat,
     posix: Vec<PosixTimer>,
     auxv: Bytes,
     coredump_filter: Option<u32>,
-    cwd: Bytes,
+    pub(crate) cwd: Bytes,
     root: Bytes,
     personality: u32,
     oom_score_adj: i32,
@@ -127,7 +119,6 @@ pub(crate) fn look(own_pid: Pid, pid: Pid) -> Result<Outside> {
     let stat = stat::of_process(own_pid).map_err(fail("its stat"))?;
     Ok(Outside {
         maps: vma::read(pid)?,
-        status: status::of_process(pid).map_err(fail("its status"))?,
         living: if own_pid == pid {
             stat.clone()
         } else {
@@ -164,13 +155,17 @@ pub(crate) fn prepare(
     collector: &mut Collector,
     frozen: &Frozen,
     outside: &Outside,
+    threads: Vec<thread::Outside>,
     restarts: &Restarts,
 ) -> Result<Prepared> {
     let (own_pid, pid) = (frozen.pid(), frozen.living());
     let memory = Memory::open(pid, true).map_err(Error::kernel(pid, "opening its memory"))?;
-    let tids: Vec<_> = frozen.threads().iter().map(|t| t.tid).collect();
-    let stopped: Vec<thread::Stopped> =
-        tids.iter().map(|&tid| thread::read(frozen, tid, &memory, restarts)).collect::<Result<_>>()?;
+    let stopped = frozen
+        .threads()
+        .iter()
+        .zip(threads)
+        .map(|(thread, outside)| thread::read(own_pid, thread.tid, outside, &memory, restarts))
+        .collect::<Result<Vec<_>>>()?;
     for thread in &stopped {
         thread::refuse(collector, thread);
         if thread.lost_call {
@@ -192,7 +187,8 @@ pub(crate) fn prepare(
     }
     let taken = stopped
         .iter()
-        .fold(0, |all, s| all | s.status.caught | s.status.sig_pending | s.status.shared_pending);
+        .map(|s| &s.outside.status)
+        .fold(0, |all, s| all | s.caught | s.sig_pending | s.shared_pending);
     Ok(Prepared {
         memory,
         before: stopped.iter().map(|s| s.before.clone()).collect(),
@@ -225,6 +221,15 @@ impl Prepared {
             scripts: other.map_or(&self.scripts, std::slice::from_ref),
         }
     }
+
+    /// The code that the kernel maps into every process, if this one has not unmapped it.
+    pub(crate) fn vdso(&self, outside: &Outside) -> Option<Result<Bytes>> {
+        let mapping = outside.maps.iter().find(|m| m.path == b"[vdso]")?;
+        let mut bytes = vec![0u8; (mapping.end - mapping.start) as usize];
+        let read = self.memory.read_exact_at(RemoteAddr(mapping.start), &mut bytes);
+        let failed = Error::kernel(Pid(outside.stat.pid), "reading its vdso");
+        Some(read.map(|()| bytes.into()).map_err(failed))
+    }
 }
 
 /// Puts the answers together.
@@ -234,24 +239,23 @@ pub(crate) fn assemble(
     gadgets: Gadgets,
     (prepared, outside): (Prepared, Outside),
     outcomes: &[Outcome],
-    vmas: Vec<Vma>,
-    table: Table,
-) -> Result<Collected> {
+    (exe, vmas, table): (InodeId, Vec<Vma>, Table),
+) -> Result<Task> {
     let (own_pid, pid) = (frozen.pid(), frozen.living());
     sysv_sem::adjustments(collector, own_pid, |script| {
         let visit = prepared.visit(frozen, gadgets, &outside.maps, Some(script));
         let answers = inject::prepare(vec![visit])?.run()?;
         Ok(answers.into_iter().flatten().next().unwrap_or_default())
     })?;
-    let Prepared { memory, stopped, asked, signals, timers, threads, .. } = prepared;
-    let Outside { maps, stat, living, posix, .. } = outside;
+    let Prepared { stopped, asked, signals, timers, threads, .. } = prepared;
+    let Outside { stat, living, posix, .. } = outside;
     let first = &outcomes[0];
     // Read after the timers: a signal that a timer sends in between is kept twice rather than lost.
     let shared_pending = thread::infos(
         ptrace::pending(torpor_kernel::ids::Tid(pid.0), true)
             .map_err(Error::kernel(pid, "reading pending signals"))?,
     );
-    let status = stopped[0].status.clone();
+    let umask = stopped[0].outside.status.umask;
     let signals = signal::assemble(&signals, first, shared_pending);
     let timers = timer::assemble(&timers, first, &posix);
     let stopped_by_job_control = frozen.stopped();
@@ -283,13 +287,12 @@ pub(crate) fn assemble(
         env_start: living.env_start,
         env_end: living.env_end,
     };
-    let vdso = vdso(&maps, &memory).map_err(Error::kernel(pid, "reading its vdso"))?;
     let address_space = AddressSpace {
         vmas,
         pages: Extents::default(),
         fields,
         auxv: outside.auxv,
-        exe: exe(collector)?,
+        exe,
         dumpable: number(asked.dumpable),
         thp_disabled: number(asked.thp_disabled),
         mdwe: number(asked.mdwe),
@@ -312,7 +315,7 @@ pub(crate) fn assemble(
         limits: asked.limits.iter().map(|&l| (first.u64(l), first.u64(l.at(8)))).collect(),
         cwd: outside.cwd,
         root: outside.root,
-        umask: status.umask,
+        umask,
         personality: outside.personality,
         oom_score_adj: outside.oom_score_adj,
         child_subreaper: first.u32(asked.subreaper) != 0,
@@ -322,14 +325,7 @@ pub(crate) fn assemble(
         shares: Shares::default(),
         terminal: terminal::controlling(collector, &living)?,
     };
-    Ok(Collected { task, vdso })
-}
-
-fn vdso(maps: &[Mapping], memory: &Memory) -> torpor_kernel::Result<Bytes> {
-    let Some(mapping) = maps.iter().find(|m| m.path == b"[vdso]") else { return Ok(Bytes::default()) };
-    let mut bytes = vec![0u8; (mapping.end - mapping.start) as usize];
-    memory.read_exact_at(torpor_kernel::ids::RemoteAddr(mapping.start), &mut bytes)?;
-    Ok(bytes.into())
+    Ok(task)
 }
 
 /// The program file, which /proc/PID/exe and `prctl(PR_SET_MM_EXE_FILE)` are about.

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use torpor_image::scheduling::Scheduling;
 use torpor_image::signal::{AltStack, ThreadSignals};
 use torpor_image::thread::{Rseq, Thread};
 use torpor_image::{Bytes, Pid as ImagePid};
@@ -14,7 +15,7 @@ use torpor_parasite::script::{Data, Outcome, Script, Value};
 
 use crate::collect::Collector;
 use crate::error::{Error, Refusal, Result};
-use crate::freeze::{self, Frozen};
+use crate::freeze;
 use crate::inject::Before;
 use crate::restart::Restarts;
 use crate::{credentials, scheduling};
@@ -25,11 +26,31 @@ const PR_GET_SECUREBITS: u64 = 27;
 const PR_GET_TIMERSLACK: u64 = 30;
 const PR_GET_TID_ADDRESS: u64 = 40;
 
+/// What /proc and the scheduler tell of a thread.
+#[derive(Clone, Debug)]
+pub(crate) struct Outside {
+    pub(crate) status: status::Status,
+    name: Bytes,
+    robust_list: (u64, u64),
+    scheduling: Scheduling,
+}
+
+/// Reads all of it.
+pub(crate) fn look(pid: Pid, tid: Tid) -> Result<Outside> {
+    let fail = |what: &str| Error::kernel(pid, format!("reading {what} of thread {tid}"));
+    Ok(Outside {
+        status: status::of_task(pid, tid).map_err(fail("the status"))?,
+        name: process::comm(pid, tid).map_err(fail("the name"))?.into(),
+        robust_list: process::robust_list(tid).map_err(fail("the robust list"))?,
+        scheduling: scheduling::collect(tid).map_err(fail("the scheduling"))?,
+    })
+}
+
 /// A stopped thread with everything that is known without entering it.
 #[derive(Clone, Debug)]
 pub(crate) struct Stopped {
     pub(crate) before: Before,
-    pub(crate) status: status::Status,
+    pub(crate) outside: Outside,
     pub(crate) rseq: Option<Rseq>,
     /// Whether it is in a system call that can only be told to have been interrupted.
     pub(crate) lost_call: bool,
@@ -40,8 +61,14 @@ pub(crate) struct Stopped {
 /// A thread stopped inside an rseq critical section is moved to the section's abort handler here, as the
 /// kernel does with every thread that is preempted in one (kernel/rseq.c, `rseq_ip_fixup`): the note of the
 /// section would be cleared as soon as the thread runs anything else, and the section then go on unaborted.
-pub(crate) fn read(frozen: &Frozen, tid: Tid, memory: &Memory, restarts: &Restarts) -> Result<Stopped> {
-    let pid = frozen.pid();
+pub(crate) fn read(
+    pid: Pid,
+    tid: Tid,
+    outside: Outside,
+    memory: &Memory,
+    restarts: &Restarts,
+) -> Result<Stopped> {
+    let status = &outside.status;
     let fail = |what: &str| Error::kernel(pid, format!("reading {what} of thread {tid}"));
     let mut registers = ptrace::registers(tid).map_err(|e| match e.errno() {
         Some(_) => fail("the registers")(e),
@@ -49,7 +76,6 @@ pub(crate) fn read(frozen: &Frozen, tid: Tid, memory: &Memory, restarts: &Restar
         None => Error::Refused { pid, refusals: vec![foreign_code(tid)] },
     })?;
     let mask = ptrace::signal_mask(tid).map_err(fail("the signal mask"))?;
-    let status = status::of_task(pid, tid).map_err(fail("the status"))?;
     let rseq = ptrace::rseq_configuration(tid).map_err(fail("the rseq area"))?;
     if let Some(rseq) = &rseq
         && let Some(abort) = interrupted_section(memory, rseq.address, registers.ip())
@@ -83,7 +109,7 @@ pub(crate) fn read(frozen: &Frozen, tid: Tid, memory: &Memory, restarts: &Restar
             mask,
         },
         lost_call: elsewhere.is_none(),
-        status,
+        outside,
         rseq: rseq.map(|r| Rseq { address: r.address, size: r.size, signature: r.signature }),
     })
 }
@@ -192,7 +218,7 @@ fn told(collector: &mut Collector, tid: Tid, status: &status::Status) {
 /// Refuses threads in which the executor could not run, or not without harm, before any is entered.
 pub(crate) fn refuse(collector: &mut Collector, stopped: &Stopped) {
     let tid = stopped.before.tid;
-    told(collector, tid, &stopped.status);
+    told(collector, tid, &stopped.outside.status);
     if ptrace::syscall_user_dispatch(tid).ok().flatten().is_some_and(|d| d.on) {
         let object = format!("syscall user dispatch of thread {tid}");
         collector.refuse(object, "it cannot be dumped yet", "turn it off before the dump");
@@ -247,7 +273,7 @@ pub(crate) fn assemble(pid: Pid, stopped: Stopped, asked: Asked, outcome: &Outco
     let altstack = outcome.bytes(asked.altstack);
     Ok(Thread {
         tid: ImagePid(tid.0),
-        name: process::comm(pid, tid).map_err(fail("the name"))?.into(),
+        name: stopped.outside.name,
         registers: stopped.before.elsewhere,
         xstate: stopped.before.xstate.into(),
         signals: ThreadSignals {
@@ -260,11 +286,13 @@ pub(crate) fn assemble(pid: Pid, stopped: Stopped, asked: Asked, outcome: &Outco
             },
         },
         rseq: stopped.rseq,
-        robust_list: process::robust_list(tid).map_err(fail("the robust list"))?,
+        robust_list: stopped.outside.robust_list,
         clear_child_tid: outcome.u64(asked.clear_child_tid),
         parent_death_signal: outcome.u32(asked.parent_death_signal) as i32,
-        scheduling: scheduling::collect(tid, outcome.result(asked.timer_slack) as u64)
-            .map_err(fail("the scheduling"))?,
-        credentials: credentials::collect(&stopped.status, outcome.result(asked.securebits) as u32),
+        scheduling: Scheduling {
+            timer_slack: outcome.result(asked.timer_slack) as u64,
+            ..stopped.outside.scheduling
+        },
+        credentials: credentials::collect(&stopped.outside.status, outcome.result(asked.securebits) as u32),
     })
 }

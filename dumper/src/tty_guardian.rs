@@ -131,7 +131,7 @@ fn work(
         // No signal to our group or session shall meet it, and no terminal stop it.
         libc::setsid();
     }
-    crate::priority::urgent();
+    torpor_kernel::priority::urgent();
     let number = |result: nix::Result<()>| result.err().map_or(0, |errno| errno as i32);
     let opened = if slave.is_none() { Some(tty::peer(master, SLAVE)) } else { None };
     let slave = match &opened {

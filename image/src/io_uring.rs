@@ -59,6 +59,30 @@ pub struct Offsets {
     pub cq_flags: u32,
 }
 
+impl Offsets {
+    /// From the words of the two structures, in the kernel's order.
+    pub fn new(submissions: [u32; 7], completions: [u32; 7]) -> Self {
+        let [sq_head, sq_tail, sq_ring_mask, sq_ring_entries, sq_flags, sq_dropped, sq_array] = submissions;
+        let [cq_head, cq_tail, cq_ring_mask, cq_ring_entries, cq_overflow, cq_cqes, cq_flags] = completions;
+        Offsets {
+            sq_head,
+            sq_tail,
+            sq_ring_mask,
+            sq_ring_entries,
+            sq_flags,
+            sq_dropped,
+            sq_array,
+            cq_head,
+            cq_tail,
+            cq_ring_mask,
+            cq_ring_entries,
+            cq_overflow,
+            cq_cqes,
+            cq_flags,
+        }
+    }
+}
+
 /// An eventfd that is told of completions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Told {

@@ -13,6 +13,7 @@
 pub mod bytes;
 pub mod check;
 pub mod credentials;
+pub mod data;
 pub mod description;
 pub mod directory;
 pub mod epoll;

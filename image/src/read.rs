@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 
+use crate::data::Data;
 use crate::description::Objects;
 use crate::extent::{Extents, RECORD, Record};
 use crate::header::{self, Kind};
@@ -110,8 +111,9 @@ impl Image {
     }
 
     /// Opens data file `number`.
-    pub fn data_file(&self, number: u32) -> Result<File> {
-        open(&self.dir, &crate::write::data_file_name(number))
+    pub fn data(&self, number: u32) -> Result<Data> {
+        let name = crate::write::data_file_name(number);
+        Ok(Data::raw(open(&self.dir, &name)?, self.dir.join(name)))
     }
 
     /// Numbers of the data files.
@@ -123,7 +125,7 @@ impl Image {
     pub fn verify(&self, mut progress: impl FnMut(u64)) -> Result<()> {
         let mut buffer = vec![0u8; 1 << 20];
         for (number, expected) in self.data_files() {
-            let file = self.data_file(number)?;
+            let file = open(&self.dir, &crate::write::data_file_name(number))?;
             let (mut crc, mut at) = (0, 0);
             loop {
                 let n = file

@@ -257,21 +257,30 @@ fn is_of_image(name: &str) -> bool {
 
 /// Removes what dumps that died have left in `dir`.
 fn remove_abandoned(dir: &Path) -> Result<()> {
+    let (mut abandoned, mut of_image) = (Vec::new(), Vec::new());
     for entry in fs::read_dir(dir).map_err(Error::file("list", dir))? {
         let entry = entry.map_err(Error::file("list", dir))?;
-        let path = entry.path();
         let name = entry.file_name().to_string_lossy().into_owned();
         if is_of_image(&name) {
-            return Err(Error::Remains { path: dir.to_owned(), name });
-        }
-        if !entry.file_name().to_string_lossy().starts_with(PARTIAL) {
-            continue;
-        }
-        if let Ok(lock) = File::open(&path)
+            of_image.push(name);
+        } else if name.starts_with(PARTIAL)
+            && let Ok(lock) = File::open(entry.path())
             && lock.try_lock().is_ok()
         {
-            fs::remove_dir_all(&path).map_err(Error::file("remove", &path))?;
+            abandoned.push(entry.path());
         }
+    }
+    // Its manifest is written when all else is, and moved up last: one that still has it was moving the others.
+    let moving = abandoned.iter().any(|partial| partial.join(Manifest::FILE).exists());
+    if let (Some(name), false) = (of_image.first(), moving) {
+        return Err(Error::Remains { path: dir.to_owned(), name: name.clone() });
+    }
+    for name in of_image {
+        let path = dir.join(name);
+        fs::remove_file(&path).map_err(Error::file("remove", &path))?;
+    }
+    for partial in abandoned {
+        fs::remove_dir_all(&partial).map_err(Error::file("remove", &partial))?;
     }
     Ok(())
 }
@@ -319,6 +328,23 @@ mod tests {
         ImageWriter::create(&dir, false).unwrap().finish(manifest()).unwrap();
         assert!(matches!(ImageWriter::create(&dir, false), Err(Error::Occupied { .. })));
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 3);
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn what_was_killed_between_its_files_goes() {
+        let dir = std::env::temp_dir().join(format!("torpor-killed-{}", std::process::id()));
+        let partial = dir.join(format!("{PARTIAL}1-0"));
+        fs::create_dir_all(&partial).unwrap();
+        fs::write(dir.join("pages-0.dat"), "moved").unwrap();
+        fs::write(partial.join("pages.idx"), "not yet").unwrap();
+        assert!(
+            matches!(ImageWriter::create(&dir, false), Err(Error::Remains { .. })),
+            "whose it is nobody knows"
+        );
+        fs::write(partial.join(Manifest::FILE), "last").unwrap();
+        ImageWriter::create(&dir, false).unwrap().finish(manifest()).unwrap();
+        assert!(!dir.join("pages-0.dat").exists() && !partial.exists());
         fs::remove_dir_all(&dir).unwrap();
     }
 

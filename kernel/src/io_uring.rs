@@ -139,6 +139,15 @@ pub struct Params {
 const _: () = assert!(size_of::<Params>() == 120);
 
 impl Params {
+    /// Where everything is in the queues of submissions and of completions, in the order of the two structures.
+    pub fn offsets(&self) -> ([u32; 7], [u32; 7]) {
+        let (sq, cq) = (&self.sq_off, &self.cq_off);
+        (
+            [sq.head, sq.tail, sq.ring_mask, sq.ring_entries, sq.flags, sq.dropped, sq.array],
+            [cq.head, cq.tail, cq.ring_mask, cq.ring_entries, cq.overflow, cq.cqes, cq.flags],
+        )
+    }
+
     /// Bytes of the queues of submissions and completions.
     pub fn ring_length(&self) -> usize {
         let cqe = if self.flags & setup::CQE32 != 0 { 2 * CQE } else { CQE };

@@ -231,14 +231,14 @@ pub(crate) fn fill(
     let to = File::from(fd.try_clone().map_err(|e| io(what, "dup", &e))?);
     let mut buffer = vec![0u8; 1 << 20];
     for record in opener.image.records(content).iter().filter(|r| r.place == Where::Data) {
-        let from = opener.image.data_file(record.file)?;
+        let from = opener.image.data(record.file)?;
         // The last page is whole in the image and may be less in the file.
         let length = record.length.min(inode.size.saturating_sub(record.address));
         let mut done = 0;
         while done < length {
             opener.wanted()?;
             let part = &mut buffer[..(length - done).min(1 << 20) as usize];
-            from.read_exact_at(part, record.offset + done).map_err(|e| io(what, "read", &e))?;
+            from.read_exact_at(part, record.offset + done)?;
             to.write_all_at(part, record.address + done).map_err(|e| io(what, "write", &e))?;
             done += part.len() as u64;
             if let Some(progress) = opener.progress {

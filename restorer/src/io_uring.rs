@@ -22,7 +22,7 @@ use torpor_image::description::Kind;
 use torpor_image::io_uring::{Buffer, DISABLED, Driver, IoUring, Offsets, SINGLE_ISSUER};
 use torpor_image::task::Task;
 use torpor_image::{DescriptionId, Image, Pid};
-use torpor_kernel::io_uring::{self, CQ_EVENTFD_DISABLED, Params, Queue, area, register, setup};
+use torpor_kernel::io_uring::{self, CQ_EVENTFD_DISABLED, Queue, area, register, setup};
 use torpor_parasite::call;
 use torpor_parasite::script::{Data, Script, Value};
 
@@ -73,7 +73,8 @@ pub(crate) fn open(
             _ => Error::kernel(what)(e),
         })?;
     let length = (params.ring_length(), params.requests_length());
-    if offsets(&params) != ring.offsets || length != (ring.ring.len(), ring.requests.len()) {
+    let (sq, cq) = params.offsets();
+    if Offsets::new(sq, cq) != ring.offsets || length != (ring.ring.len(), ring.requests.len()) {
         return Err(Error::Unfit {
             what: what.to_owned(),
             why: "this kernel has the queues of such a ring in another order, and the program knows the old one"
@@ -101,26 +102,6 @@ pub(crate) fn open(
     }
     opener.rings.insert(id, Queues { ring: queue, requests });
     Ok(fd)
-}
-
-fn offsets(params: &Params) -> Offsets {
-    let (sq, cq) = (&params.sq_off, &params.cq_off);
-    Offsets {
-        sq_head: sq.head,
-        sq_tail: sq.tail,
-        sq_ring_mask: sq.ring_mask,
-        sq_ring_entries: sq.ring_entries,
-        sq_flags: sq.flags,
-        sq_dropped: sq.dropped,
-        sq_array: sq.array,
-        cq_head: cq.head,
-        cq_tail: cq.tail,
-        cq_ring_mask: cq.ring_mask,
-        cq_ring_entries: cq.ring_entries,
-        cq_overflow: cq.overflow,
-        cq_cqes: cq.cqes,
-        cq_flags: cq.flags,
-    }
 }
 
 /// `struct io_uring_rsrc_register`

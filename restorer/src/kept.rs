@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use torpor_image::inet::InetSocket;
 use torpor_image::tcp::{Connection, Kept};
 use torpor_kernel::ids::Tid;
+use torpor_kernel::priority::RealTime;
 use torpor_kernel::tcp::{self, Queue};
 use torpor_kernel::{fds, process, sock_diag};
 
@@ -77,7 +78,7 @@ pub(crate) fn make<'i>(
     }
     // The instant in which neither has the addresses must be short: a segment of the peer would be answered. On a busy
     // machine others would have their turn in it.
-    let urgent = Urgent::begin();
+    let urgent = RealTime::raise();
     let mut relieved = relieve(local, remote);
     let begin = Instant::now();
     let mut next = PATIENCE_OF_ONE;
@@ -118,35 +119,6 @@ pub(crate) fn make<'i>(
     tcp::set_window(fd.as_fd(), kept.window).map_err(fail("its windows"))?;
     let copy = fd.try_clone().map_err(|e| crate::pipe::io(what, "dup", &e))?;
     Ok((fd, Silent { fd: copy, what: what.to_owned(), inet }))
-}
-
-/// Real-time priority of this thread while it lives, where the kernel gives it; below that of guardians, which are to end.
-struct Urgent {
-    before: Option<(i32, libc::sched_param)>,
-}
-
-impl Urgent {
-    fn begin() -> Self {
-        let high = libc::sched_param { sched_priority: 1 };
-        // SAFETY: an all-zero sched_param is a valid one.
-        let mut param: libc::sched_param = unsafe { std::mem::zeroed() };
-        // SAFETY: both are sched_params of ours.
-        let (policy, raised) = unsafe {
-            let policy = libc::sched_getscheduler(0);
-            let known = policy >= 0 && libc::sched_getparam(0, &raw mut param) == 0;
-            (policy, known && libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const high) == 0)
-        };
-        Urgent { before: raised.then_some((policy, param)) }
-    }
-}
-
-impl Drop for Urgent {
-    fn drop(&mut self) {
-        if let Some((policy, param)) = &self.before {
-            // SAFETY: `param` is a sched_param of ours.
-            let _always_allowed = unsafe { libc::sched_setscheduler(0, *policy, param) };
-        }
-    }
 }
 
 /// Somebody else has both addresses.

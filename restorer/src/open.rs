@@ -107,7 +107,11 @@ impl<'i> Opener<'i> {
                 let name = self.user(runs, "program ", &self.image.objects.inodes[inode.0 as usize].name());
                 inode::program(self, &name, *inode)
             }
-            Open::Data { file } => Ok(self.image.data_file(*file)?.into()),
+            Open::Data { file } => {
+                let data = self.image.data(*file)?;
+                let file = data.as_file().expect("contents that a task reads itself are stored as they are");
+                Ok(file.try_clone().map_err(|e| io("a data file", "dup", &e))?.into())
+            }
             Open::Slave { pty } => pty::slave(self, *pty),
             Open::Zero => File::open("/dev/zero").map(OwnedFd::from).map_err(|e| io("/dev/zero", "open", &e)),
             Open::Directory { path } => nix::fcntl::open(

@@ -124,7 +124,7 @@ fn put_back(opener: &mut Opener<'_>, what: &str, inode: &Inode, path: &Bytes) ->
     {
         let length = (inode.size - from).min(CHUNK) as usize;
         let (wanted, actual) = (&mut wanted[..length], &mut actual[..length]);
-        saved(opener, what, inode, from, wanted)?;
+        saved(opener, inode, from, wanted)?;
         file.read_exact_at(actual, from).map_err(fail("read"))?;
         let pages = wanted.chunks(PAGE as usize).zip(actual.chunks(PAGE as usize)).enumerate();
         // What does not differ may be a hole, and stays one.
@@ -159,16 +159,15 @@ fn next_data(records: &[Record], file: &File, at: u64) -> Option<u64> {
 }
 
 /// What the image has of a file from `from` on.
-fn saved(opener: &Opener<'_>, what: &str, inode: &Inode, from: u64, into: &mut [u8]) -> Result<()> {
+fn saved(opener: &Opener<'_>, inode: &Inode, from: u64, into: &mut [u8]) -> Result<()> {
     into.fill(0);
     let end = from + into.len() as u64;
     let records = opener.image.records(inode.saved).iter().filter(|r| r.place == Where::Data);
     for record in records.filter(|r| r.address < end && r.address + r.length > from) {
         let (first, last) = (record.address.max(from), (record.address + record.length).min(end));
         let part = &mut into[(first - from) as usize..(last - from) as usize];
-        let data = opener.image.data_file(record.file)?;
-        data.read_exact_at(part, record.offset + (first - record.address))
-            .map_err(|e| io(what, "read", &e))?;
+        let data = opener.image.data(record.file)?;
+        data.read_exact_at(part, record.offset + (first - record.address))?;
         if let Some(progress) = opener.progress {
             progress(part.len() as u64);
         }

@@ -176,13 +176,13 @@ fn fill(opener: &Opener<'_>, what: &str, to: &Target<'_>, size: u64, content: Ex
     let mut at = 0;
     for record in opener.image.records(content).iter().filter(|r| r.place == Where::Data) {
         to.clear(at, record.address).map_err(fail("write"))?;
-        let from = opener.image.data_file(record.file)?;
+        let from = opener.image.data(record.file)?;
         // The last page is whole in the image and may be less in the segment.
         let length = record.length.min(size.saturating_sub(record.address));
         let mut done = 0;
         while done < length {
             let part = &mut buffer[..(length - done).min(1 << 20) as usize];
-            from.read_exact_at(part, record.offset + done).map_err(fail("read"))?;
+            from.read_exact_at(part, record.offset + done)?;
             to.write(record.address + done, part).map_err(fail("write"))?;
             done += part.len() as u64;
             if let Some(progress) = opener.progress {

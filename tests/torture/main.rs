@@ -214,8 +214,7 @@ impl Subject {
 
 /// Starts a dump and kills it after `moment`; whether it had not ended by itself.
 fn killed_dump(pid: i32, image: &Path, options: &[&str], moment: Duration) -> Outcome<bool> {
-    // What a killed dump leaves may look like an image that has lost its manifest.
-    if image.exists() {
+    if image.join("manifest.tpr").exists() {
         fs::remove_dir_all(image).map_err(|e| e.to_string())?;
     }
     let pid = pid.to_string();

@@ -14,6 +14,7 @@ use torpor_image::description::Kind;
 use torpor_image::unix::Attached;
 use torpor_image::{Bytes, DescriptionId};
 use torpor_kernel::ids::Pid;
+use torpor_kernel::sock_queue;
 
 use super::outside::ExternalUnix;
 use super::peek::{Peeked, Queue, peek_offset};
@@ -39,6 +40,8 @@ pub(crate) struct Sockets {
     carrier: Option<String>,
     /// There may be more on its way than was looked at, since the process runs.
     unseen: bool,
+    /// Tells how many messages wait; `Some(None)` where the kernel does not let us know.
+    counter: Option<Option<sock_queue::Look>>,
 }
 
 /// What waits in one queue.
@@ -54,6 +57,12 @@ struct Waiting {
 pub(crate) type Contents = (Vec<Bytes>, Vec<Attached>);
 
 impl Sockets {
+    /// How many messages wait in a socket, if that can be known.
+    fn count(&mut self, fd: &OwnedFd) -> Option<u32> {
+        let look = self.counter.get_or_insert_with(|| sock_queue::Look::open().ok()).as_ref()?;
+        look.count(fd.as_fd()).ok()
+    }
+
     pub(crate) fn owns(&self, inode: u32) -> bool {
         self.owned.contains(&inode)
     }
@@ -216,6 +225,18 @@ fn read(collector: &mut Collector, title: &str, number: u32, fd: &OwnedFd) -> Re
         let why = "more descriptors are on their way through it than torpor may open";
         collector.refuse(title, why, "raise torpor's limit (`ulimit -n`)");
         return Ok(None);
+    }
+    if !stream && ready.contains(PollFlags::POLLIN) {
+        let hidden =
+            collector.sockets.count(fd).map_or(0, |count| (count as usize).saturating_sub(peeked.len()));
+        if hidden > 0 {
+            let why = format!(
+                "{hidden} empty message(s) in its queue cannot be seen any more, since they were peeked at before \
+                 (by another dump, or by the program)"
+            );
+            collector.refuse(title, why, "try again when the program has received them");
+            return Ok(None);
+        }
     }
     let mut messages: Vec<Message> = peeked.into_iter().map(Message::from).collect();
     if stream && ready.contains(PollFlags::POLLPRI) {

@@ -9,7 +9,8 @@
 //!
 //! An empty message that was once seen under SO_PEEK_OFF is skipped from then on (net/core/datagram.c,
 //! `skb->peeked`), but a plain peek still shows one at the head: that is put back in its place. Further back
-//! in the queue it shows in the first dump of it only.
+//! in the queue it shows in the first dump of it only; whoever reads the queue counts what waits
+//! ([`torpor_kernel::sock_queue`]).
 //!
 //! Peeking at a socket with a pending error returns and clears that error (net/core/datagram.c,
 //! `__skb_try_recv_datagram`; of streams at the end of the queue, net/unix/af_unix.c,
@@ -460,7 +461,7 @@ impl Walk {
 extern "C" fn walk(argument: *mut libc::c_void) -> i32 {
     // SAFETY: `undying` gives a Walk that nobody else touches meanwhile.
     let walk = unsafe { &mut *argument.cast::<Walk>() };
-    crate::priority::urgent();
+    torpor_kernel::priority::urgent();
     walk.set(0);
     walk.run();
     walk.set(walk.before);

@@ -1,23 +1,18 @@
-//! Outranking the threads we stop and wake: a woken thread would else take our cpu before the next is
-//! woken, 3 ms each time on a busy machine.
+//! sched(7), real-time priority: outranking others for a moment that must not be long.
+//!
+//! Threads that we stop and wake are one case: a woken thread would else take our cpu before the next is woken, 3 ms each
+//! time on a busy machine.
 
-/// The same for good, of a process that puts back what a program must not meet when it goes on. Calls nothing but the
-/// kernel.
-pub(crate) fn urgent() {
-    let high = libc::sched_param { sched_priority: 2 };
-    // SAFETY: `high` is a sched_param of ours.
-    let _not_allowed =
-        unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_FIFO, &raw const high) };
-}
-
-/// Real-time priority of this thread while it lives, where the kernel gives it.
+/// Real-time priority of this thread while it lives, where the kernel gives it; below that of [`urgent`].
+#[derive(Debug)]
 #[must_use]
-pub(crate) struct RealTime {
+pub struct RealTime {
     before: Option<(i32, libc::sched_param)>,
 }
 
 impl RealTime {
-    pub(crate) fn raise() -> Self {
+    /// Raises it.
+    pub fn raise() -> Self {
         // SAFETY: sched_getscheduler reads nothing of ours; an all-zero sched_param is a valid one.
         let (policy, mut param) = unsafe { (libc::sched_getscheduler(0), std::mem::zeroed()) };
         // SAFETY: `param` is a sched_param of ours.
@@ -46,4 +41,13 @@ impl Drop for RealTime {
             }
         }
     }
+}
+
+/// Gives this thread real-time priority for good: for a process that puts back what a program must not meet when it
+/// goes on. Calls nothing but the kernel.
+pub fn urgent() {
+    let high = libc::sched_param { sched_priority: 2 };
+    // SAFETY: `high` is a sched_param of ours.
+    let _not_allowed =
+        unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_FIFO, &raw const high) };
 }
