@@ -117,7 +117,8 @@ fn of_restore_errno(errno: Errno) -> Exit {
 
 fn of_reading(error: &ImageError) -> Exit {
     match error {
-        ImageError::NoImage { .. } | ImageError::Damaged { .. } => Exit::Damaged,
+        ImageError::NoImage { .. } | ImageError::Damaged { .. } | ImageError::Parent { .. } => Exit::Damaged,
+        ImageError::NoParent { .. } => Exit::Usage,
         ImageError::TooNew { .. } | ImageError::OtherMachine { .. } => Exit::Unfit,
         ImageError::Occupied { .. } => Exit::Output,
         // ELOOP: a link where the image has a file.

@@ -20,8 +20,7 @@ pub(crate) fn run(args: &VerifyArgs) -> anyhow::Result<Exit> {
     // Opening it checks everything but the data files.
     let image = Image::open(&args.dir)?;
     let total = size(&image.manifest);
-    let data: u64 = image.data_files().map(|(_, file)| file.size).sum();
-    let progress = Progress::new("verifying", data);
+    let progress = Progress::new("verifying", image.data_bytes());
     image.verify(|bytes| progress.add(bytes))?;
     drop(progress);
     // The manifest does not list itself.

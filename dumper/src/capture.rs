@@ -293,6 +293,7 @@ impl Captured<'_> {
             ran_on: self.runs_on,
             not_captured: self.losses,
             times: self.times,
+            ..Manifest::default()
         };
         Ok(Dumped { manifest: self.writer.finish(manifest)? })
     }

@@ -53,6 +53,18 @@ pub fn manifest(manifest: &Manifest) -> Result<()> {
             return bad(format!("`{}` is listed twice", file.name));
         }
     }
+    for ancestor in &manifest.ancestors {
+        if ancestor.id.is_empty() || ancestor.path.0.is_empty() || ancestor.path.0.contains(&0) {
+            return bad("it builds on an image without a name".to_owned());
+        }
+    }
+    let mut numbers: BTreeSet<u32> =
+        manifest.files.iter().filter_map(|f| data_file_number(&f.name)).collect();
+    for file in &manifest.borrowed {
+        if file.ancestor as usize >= manifest.ancestors.len() || !numbers.insert(file.number) {
+            return bad(format!("data file {} of another image is nobody's, or listed twice", file.number));
+        }
+    }
     let mut pids = BTreeSet::new();
     for pid in &manifest.tasks {
         if !(1..=MAX_PID).contains(&pid.0) || !pids.insert(pid) {
@@ -382,7 +394,7 @@ fn extents(image: &Image, file: &str, range: Extents, fits: impl Fn(&Record) -> 
         }
         end = next;
         if record.place == Where::Data {
-            let size = image.data_files().find(|(n, _)| *n == record.file).map(|(_, f)| f.size);
+            let size = image.data_size(record.file);
             let fits = |size| record.offset.checked_add(record.length).is_some_and(|e| e <= size);
             if !size.is_some_and(fits) {
                 return bad("a page record refers to data that does not exist");

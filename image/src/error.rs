@@ -56,6 +56,27 @@ pub enum Error {
         /// What is wrong.
         what: String,
     },
+    /// An image that this one builds on is missing or altered.
+    #[error(
+        "the image in `{}` builds on the one in `{}`, which it cannot use: {why}; put that image back where it was",
+        image.display(), path.display()
+    )]
+    Parent {
+        /// The image.
+        image: PathBuf,
+        /// The other.
+        path: PathBuf,
+        /// What is wrong with that.
+        why: String,
+    },
+    /// Nothing can build on this image.
+    #[error("the image in `{}` cannot be a parent: {why}; dump without --parent", path.display())]
+    NoParent {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        why: String,
+    },
     /// The image is of a format this program cannot read.
     #[error(
         "the image is of format {major}.{minor}, this torpor reads up to {}.x; use a newer torpor",

@@ -32,6 +32,7 @@ pub mod memory;
 pub mod mqueue;
 pub mod netlink;
 pub mod packet;
+pub mod parent;
 pub mod pidfd;
 pub mod pipe;
 pub mod pty;
@@ -67,7 +68,7 @@ use serde::{Deserialize, Serialize};
 macro_rules! id {
     ($(#[$doc:meta])* $name:ident($inner:ty)) => {
         $(#[$doc])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         #[serde(transparent)]
         pub struct $name(pub $inner);
 

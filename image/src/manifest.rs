@@ -2,11 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::parent::{Ancestor, Borrowed};
 use crate::zombie::Zombie;
 use crate::{Bytes, Pid};
 
 /// What an image is and what it consists of.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// Version of the program that wrote it.
     pub torpor: String,
@@ -31,6 +32,15 @@ pub struct Manifest {
     /// How long the tree stood still and other times of the dump, in nanoseconds.
     #[serde(default)]
     pub times: Times,
+    /// Tells this image from every other; empty in images of format 2.0.
+    #[serde(default)]
+    pub id: String,
+    /// Images that some data files are those of.
+    #[serde(default)]
+    pub ancestors: Vec<Ancestor>,
+    /// Those data files.
+    #[serde(default)]
+    pub borrowed: Vec<Borrowed>,
 }
 
 /// The machine of a dump.

@@ -1,5 +1,6 @@
 //! Reading an image.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -12,7 +13,9 @@ use crate::description::Objects;
 use crate::extent::{Extents, RECORD, Record};
 use crate::header::{self, Kind};
 use crate::manifest::{ImageFile, Manifest};
+use crate::parent;
 use crate::task::Task;
+use crate::write::data_file_name;
 use crate::{Error, Result, check};
 
 /// No body is ever this large: metadata is kilobytes, an index 32 bytes for each run of pages.
@@ -33,19 +36,16 @@ pub struct Image {
     /// Shared objects.
     pub objects: Objects,
     records: Vec<Record>,
+    /// Directories of its ancestors.
+    ancestors: Vec<PathBuf>,
+    /// Length of every data file, by number.
+    sizes: HashMap<u32, u64>,
 }
 
 impl Image {
     /// Reads the image in `dir` and checks everything but the contents of data files.
     pub fn open(dir: &Path) -> Result<Self> {
-        let manifest: Manifest = match read_file(dir, Manifest::FILE) {
-            Ok(bytes) => body(Manifest::FILE, Kind::Manifest, &bytes)?,
-            Err(Error::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                return Err(Error::NoImage { path: dir.to_owned() });
-            }
-            Err(e) => return Err(e),
-        };
-        check::manifest(&manifest)?;
+        let manifest = manifest(dir)?;
         for file in &manifest.files {
             let path = dir.join(&file.name);
             let found = path.symlink_metadata().map_err(Error::file("find", &path))?;
@@ -61,7 +61,7 @@ impl Image {
                 .find(|f| f.name == name)
                 .ok_or_else(|| Error::damaged(Manifest::FILE, format!("it does not list `{name}`")))?;
             let bytes = read_file(dir, name)?;
-            check_sum(file, crc32c::crc32c(&bytes))?;
+            check_sum(name, file.crc32c, crc32c::crc32c(&bytes))?;
             header::decode(name, kind, &bytes).map(<[u8]>::to_vec)
         };
         let objects = decode("objects.tpr", &named("objects.tpr", Kind::Objects)?)?;
@@ -82,7 +82,9 @@ impl Image {
             .iter()
             .map(|c| Record::decode(c).ok_or_else(|| Error::damaged("pages.idx", "unknown kind of record")))
             .collect::<Result<Vec<_>>>()?;
-        let image = Image { dir: dir.to_owned(), manifest, tasks, objects, records };
+        let ancestors = parent::find(dir, &manifest)?.into_iter().map(|(path, _)| path).collect();
+        let sizes = sizes(&manifest);
+        let image = Image { dir: dir.to_owned(), manifest, tasks, objects, records, ancestors, sizes };
         check::references(&image)?;
         Ok(image)
     }
@@ -95,7 +97,8 @@ impl Image {
         objects: Objects,
         records: Vec<Record>,
     ) -> Result<Self> {
-        let image = Image { dir, manifest, tasks, objects, records };
+        let sizes = sizes(&manifest);
+        let image = Image { dir, manifest, tasks, objects, records, ancestors: Vec::new(), sizes };
         check::references(&image)?;
         Ok(image)
     }
@@ -112,11 +115,30 @@ impl Image {
 
     /// Opens data file `number`.
     pub fn data(&self, number: u32) -> Result<Data> {
-        let name = crate::write::data_file_name(number);
-        Ok(Data::raw(open(&self.dir, &name)?, self.dir.join(name)))
+        let (dir, name) = self.place(number);
+        Ok(Data::raw(open(dir, &name)?, dir.join(name)))
     }
 
-    /// Numbers of the data files.
+    /// Where data file `number` lies: in which directory, and its name there.
+    fn place(&self, number: u32) -> (&Path, String) {
+        let borrowed = self.manifest.borrowed.iter().find(|b| b.number == number);
+        match borrowed.and_then(|b| Some((self.ancestors.get(b.ancestor as usize)?, b.original))) {
+            Some((dir, original)) => (dir, data_file_name(original)),
+            None => (&self.dir, data_file_name(number)),
+        }
+    }
+
+    /// Length of data file `number`, if there is one.
+    pub fn data_size(&self, number: u32) -> Option<u64> {
+        self.sizes.get(&number).copied()
+    }
+
+    /// Length of all data files, those of ancestors included.
+    pub fn data_bytes(&self) -> u64 {
+        self.sizes.values().fold(0, |all, size| all.saturating_add(*size))
+    }
+
+    /// Numbers of the data files that are this image's own.
     pub fn data_files(&self) -> impl Iterator<Item = (u32, &ImageFile)> {
         self.manifest.files.iter().filter_map(|f| Some((check::data_file_number(&f.name)?, f)))
     }
@@ -124,13 +146,15 @@ impl Image {
     /// Reads all data files and compares their checksums; `progress` is told of bytes read.
     pub fn verify(&self, mut progress: impl FnMut(u64)) -> Result<()> {
         let mut buffer = vec![0u8; 1 << 20];
-        for (number, expected) in self.data_files() {
-            let file = open(&self.dir, &crate::write::data_file_name(number))?;
+        let own = self.data_files().map(|(number, file)| (number, file.crc32c));
+        for (number, expected) in own.chain(self.manifest.borrowed.iter().map(|b| (b.number, b.crc32c))) {
+            let (dir, name) = self.place(number);
+            let file = open(dir, &name)?;
             let (mut crc, mut at) = (0, 0);
             loop {
                 let n = file
                     .read_at(&mut buffer, at)
-                    .map_err(Error::file("read", self.dir.join(&expected.name)))?;
+                    .map_err(Error::file("read", dir.join(&name)))?;
                 if n == 0 {
                     break;
                 }
@@ -138,15 +162,33 @@ impl Image {
                 at += n as u64;
                 progress(n as u64);
             }
-            check_sum(expected, crc)?;
+            check_sum(&dir.join(name).display().to_string(), expected, crc)?;
         }
         Ok(())
     }
 }
 
-fn check_sum(file: &ImageFile, crc: u32) -> Result<()> {
-    if crc != file.crc32c {
-        return Err(Error::damaged(&file.name, "its content does not match the checksum in the manifest"));
+/// The manifest of the image in `dir`, checked by itself.
+pub(crate) fn manifest(dir: &Path) -> Result<Manifest> {
+    let manifest: Manifest = match read_file(dir, Manifest::FILE) {
+        Ok(bytes) => body(Manifest::FILE, Kind::Manifest, &bytes)?,
+        Err(Error::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            return Err(Error::NoImage { path: dir.to_owned() });
+        }
+        Err(e) => return Err(e),
+    };
+    check::manifest(&manifest)?;
+    Ok(manifest)
+}
+
+fn sizes(manifest: &Manifest) -> HashMap<u32, u64> {
+    let own = manifest.files.iter().filter_map(|f| Some((check::data_file_number(&f.name)?, f.size)));
+    own.chain(manifest.borrowed.iter().map(|b| (b.number, b.size))).collect()
+}
+
+fn check_sum(name: &str, expected: u32, crc: u32) -> Result<()> {
+    if crc != expected {
+        return Err(Error::damaged(name, "its content does not match the checksum in the manifest"));
     }
     Ok(())
 }

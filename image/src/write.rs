@@ -4,6 +4,7 @@
 //! manifest last. A dump that died leaves nothing that looks like an image; what it does leave is removed
 //! by the next dump into the same directory, which can tell by the lock that nobody holds any more.
 
+use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -13,9 +14,11 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::description::Objects;
-use crate::extent::{Extents, PAGE, Record};
+use crate::extent::{Extents, PAGE, RECORD, Record, Where};
 use crate::header::{self, Kind};
 use crate::manifest::{ImageFile, Manifest};
+use crate::parent::{self, Borrowing};
+use crate::read::Image;
 use crate::task::Task;
 use crate::{Error, Result};
 
@@ -33,6 +36,7 @@ pub struct ImageWriter {
     files: Vec<ImageFile>,
     index: Vec<u8>,
     fsync: bool,
+    borrowing: Option<Borrowing>,
 }
 
 impl ImageWriter {
@@ -70,6 +74,7 @@ impl ImageWriter {
             files: Vec::new(),
             index: Vec::new(),
             fsync,
+            borrowing: None,
         };
         let lock = File::open(&writer.partial).map_err(Error::file("open", &writer.partial))?;
         // A failure only means that another dump could take this one for abandoned.
@@ -103,6 +108,11 @@ impl ImageWriter {
         Ok(())
     }
 
+    /// Lets records name the data files of `parent`, as numbers from `first` on.
+    pub fn build_on(&mut self, parent: &Image, first: u32) -> Result<&Borrowing> {
+        Ok(self.borrowing.insert(Borrowing::of(parent, &self.dir, first)?))
+    }
+
     /// Adds records, sorted by address, to the index.
     pub fn add_records(&mut self, records: &[Record]) -> Extents {
         let first = (self.index.len() / crate::extent::RECORD) as u64;
@@ -127,6 +137,11 @@ impl ImageWriter {
         let index = std::mem::take(&mut self.index);
         self.add_body("pages.idx", Kind::Index, &index)?;
         manifest.files = std::mem::take(&mut self.files);
+        manifest.id = parent::new_id();
+        if let Some(borrowing) = self.borrowing.take() {
+            let used = used(&index);
+            borrowing.note(&mut manifest, |number| used.contains(&number));
+        }
         let body = encode("the manifest", &manifest)?;
         self.write(Manifest::FILE, Kind::Manifest, &body)?;
         let names = || manifest.files.iter().map(|f| f.name.as_str()).chain([Manifest::FILE]);
@@ -285,6 +300,12 @@ fn remove_abandoned(dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Numbers of the data files that an index names.
+fn used(index: &[u8]) -> BTreeSet<u32> {
+    let records = index.as_chunks::<RECORD>().0.iter().filter_map(Record::decode);
+    records.filter(|r| r.place == Where::Data).map(|r| r.file).collect()
+}
+
 /// A number that two dumps of one process into one directory do not share.
 fn unique() -> u64 {
     use std::sync::atomic::{AtomicU64, Ordering};
@@ -297,18 +318,7 @@ mod tests {
     use super::*;
 
     fn manifest() -> Manifest {
-        Manifest {
-            torpor: String::new(),
-            taken_at: 0,
-            host: Default::default(),
-            root: crate::Pid(1),
-            tasks: Vec::new(),
-            zombies: Vec::new(),
-            files: Vec::new(),
-            ran_on: false,
-            not_captured: Vec::new(),
-            times: Default::default(),
-        }
+        Manifest { root: crate::Pid(1), ..Manifest::default() }
     }
 
     #[test]

@@ -96,6 +96,12 @@ pub const NT_PRSTATUS: u32 = 1;
 /// `_IOWR('f', 16, struct pm_scan_arg)`
 pub const PAGEMAP_SCAN: libc::c_ulong =
     0xc000_0000 | ((size_of::<pm_scan_arg>() as libc::c_ulong) << 16) | ((b'f' as libc::c_ulong) << 8) | 16;
+/// Written since it was write-protected.
+pub const PAGE_IS_WRITTEN: u64 = 1 << 1;
+/// Write-protect what matches.
+pub const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
+/// Fail with `EPERM` where writes are not watched.
+pub const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 /// The page belongs to a file, or to shared memory.
 pub const PAGE_IS_FILE: u64 = 1 << 2;
 /// The page is in memory.
@@ -192,6 +198,24 @@ pub(crate) struct uffdio_api {
     pub(crate) ioctls: u64,
 }
 const _: () = assert!(size_of::<uffdio_api>() == 24);
+
+/// include/uapi/linux/userfaultfd.h: areas without pages can be write-protected, too (since 6.4).
+pub const UFFD_FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
+/// include/uapi/linux/userfaultfd.h: watch writes.
+pub const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
+/// include/uapi/linux/userfaultfd.h: `_IOWR(0xAA, 0x00, struct uffdio_register)`
+pub const UFFDIO_REGISTER: libc::c_ulong =
+    0xc000_0000 | ((size_of::<uffdio_register>() as libc::c_ulong) << 16) | (0xaa << 8);
+
+/// include/uapi/linux/userfaultfd.h
+#[repr(C)]
+pub(crate) struct uffdio_register {
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+    pub(crate) mode: u64,
+    pub(crate) ioctls: u64,
+}
+const _: () = assert!(size_of::<uffdio_register>() == 32);
 
 /// `stat` flag of a task that is on its way out, long before it is a zombie. include/linux/sched.h
 pub const PF_EXITING: u32 = 0x0000_0004;

@@ -41,6 +41,7 @@ mod text;
 pub mod timers;
 pub mod tty;
 pub mod tty_queue;
+pub mod write_watch;
 
 pub use error::{Error, Result, advice};
 pub use ids::{Pid, RemoteAddr, Tid};

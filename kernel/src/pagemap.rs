@@ -108,7 +108,30 @@ impl PageScan {
         match self.ability {
             Ability::Scan if want == Want::Guard => Ok(Vec::new()),
             Ability::File => self.read(start, end, want),
-            _ => self.walk(start, end, want),
+            _ => self.walk(self.argument(start, end, want)),
+        }
+    }
+
+    /// The pages of one area that were written since the last time, or since it is watched ([`crate::write_watch`]); from
+    /// now on they count as not written. `None` where the area, or a part of it, is not watched.
+    ///
+    /// Also shown are places without a page whose page was given back; of those in larger holes nothing is told, so
+    /// which pages there are must be asked for, too.
+    pub fn take_written(&self, start: u64, end: u64) -> Result<Option<Vec<Range>>> {
+        // No category but this one: with others the kernel goes another way, which loses pages that were given back.
+        let argument = abi::pm_scan_arg {
+            size: size_of::<abi::pm_scan_arg>() as u64,
+            flags: abi::PM_SCAN_WP_MATCHING | abi::PM_SCAN_CHECK_WPASYNC,
+            start,
+            end,
+            category_mask: abi::PAGE_IS_WRITTEN,
+            return_mask: abi::PAGE_IS_WRITTEN,
+            ..abi::pm_scan_arg::default()
+        };
+        match self.walk(argument) {
+            Ok(ranges) => Ok(Some(ranges)),
+            Err(e) if e.errno() == Some(Errno::EPERM) => Ok(None),
+            Err(e) => Err(e),
         }
     }
 
@@ -149,11 +172,12 @@ impl PageScan {
         Ok(usize::try_from(got).unwrap_or(0).min(regions.len()))
     }
 
-    fn walk(&self, mut start: u64, end: u64, want: Want) -> Result<Vec<Range>> {
+    fn walk(&self, whole: abi::pm_scan_arg) -> Result<Vec<Range>> {
         let mut regions = vec![abi::page_region::default(); 1024];
         let mut all = Vec::new();
+        let (mut start, end) = (whole.start, whole.end);
         while start < end {
-            let mut argument = self.argument(start, end, want);
+            let mut argument = abi::pm_scan_arg { start, ..whole };
             let got = self.ioctl(&mut argument, &mut regions)?;
             for region in &regions[..got] {
                 push(&mut all, region.start, region.end);

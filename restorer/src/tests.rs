@@ -173,7 +173,7 @@ fn parts() -> Parts {
         files: Vec::new(),
         ran_on: false,
         not_captured: Vec::new(),
-        times: Default::default(),
+        ..Manifest::default()
     };
     Parts {
         manifest,
