@@ -1,12 +1,13 @@
 //! `torpor dump`: from a running process to an image.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::CommandFactory;
 use clap::error::ErrorKind;
 use serde::Serialize;
-use torpor_dumper::{Destination, ExternalUnix, Options, Rule, Rules, Target, TcpPolicy};
+use torpor_dumper::{Destination, ExternalUnix, Options, Rule, Rules, Target, TcpPolicy, Tracking};
+use torpor_image::Image;
 use torpor_image::manifest::{Manifest, Times};
 
 use crate::args::{Cli, DumpArgs, Tcp};
@@ -29,6 +30,10 @@ pub(crate) struct Choices {
     pub(crate) rules: Rules,
     pub(crate) tcp: TcpPolicy,
     pub(crate) external_unix: Vec<ExternalUnix>,
+    /// The image that the new one builds on.
+    pub(crate) parent: Option<PathBuf>,
+    /// Whether writes shall be followed after the dump.
+    pub(crate) track: bool,
 }
 
 /// What was dumped.
@@ -50,7 +55,7 @@ pub(crate) struct Summary {
 }
 
 pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
-    let afterwards = match (args.leave_running, args.leave_stopped) {
+    let afterwards = match (args.leave_running || args.track, args.leave_stopped) {
         (true, _) => Afterwards::Running,
         (_, true) => Afterwards::Stopped,
         _ => Afterwards::Ended,
@@ -65,7 +70,13 @@ pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
         Tcp::Close => TcpPolicy::Close,
         Tcp::Keep => TcpPolicy::Keep,
     };
-    let choices = Choices { rules: rules(args)?, tcp, external_unix: args.external_unix.clone() };
+    let choices = Choices {
+        rules: rules(args)?,
+        tcp,
+        external_unix: args.external_unix.clone(),
+        parent: args.parent.clone(),
+        track: args.track,
+    };
     let (summary, held) = dump(args.pid, &args.dir, afterwards, args.fsync, choices)?;
     if !args.quiet {
         for lost in &summary.not_captured {
@@ -113,10 +124,11 @@ pub(crate) fn dump(
     choices: Choices,
 ) -> anyhow::Result<(Summary, Held)> {
     crate::raise_descriptor_limit();
+    let parent = choices.parent.as_deref().map(Image::open).transpose()?;
     let target = Target::find_with(pid, choices.tcp, &choices.external_unix)?;
     // What is made in the directory from here on is removed again.
     let held = Held::begin(&[]);
-    let destination = Destination::create(dir, fsync)?;
+    let mut destination = Destination::create(dir, fsync)?;
     let survey = target.survey();
     let progress = Progress::new("dumping", survey.resident());
     let add = |bytes| progress.add(bytes);
@@ -130,7 +142,20 @@ pub(crate) fn dump(
 
     let cancel = Held::wants_end;
     options.cancel = Some(&cancel);
+    let mut tracking = None;
+    if choices.track || parent.is_some() {
+        let mut watches = Tracking::resume(&target);
+        follow(&mut watches, &target, &mut destination, parent.as_ref(), &options)?;
+        tracking = Some(watches);
+    }
+    options.tracking = tracking.as_ref();
     let (manifest, held) = held.end(write(&target, destination, afterwards, &options, dir))?;
+    if let Some(mut watches) = tracking
+        && choices.track
+    {
+        watches.based_on(&manifest.id);
+        watches.leave()?;
+    }
 
     let summary = Summary {
         pid,
@@ -148,6 +173,27 @@ pub(crate) fn dump(
     Ok((summary, held))
 }
 
+/// Copies what has changed while the tree still runs.
+fn follow(
+    watches: &mut Tracking,
+    target: &Target,
+    destination: &mut Destination,
+    parent: Option<&Image>,
+    options: &Options<'_>,
+) -> anyhow::Result<()> {
+    if let Some(parent) = parent
+        && watches.base() != Some(parent.manifest.id.as_str())
+    {
+        output::note(&format!(
+            "everything counts as changed: what was written since the dump in `{}` was not followed (--track)",
+            parent.dir.display()
+        ));
+    }
+    watches.begin(target)?;
+    watches.follow(destination, parent, options)?;
+    Ok(())
+}
+
 /// Freezes, writes, and does what is to be done with the process afterwards.
 fn write(
     target: &Target,
@@ -156,7 +202,10 @@ fn write(
     options: &Options<'_>,
     dir: &Path,
 ) -> anyhow::Result<Manifest> {
-    let mut frozen = target.freeze(options.runs_on)?;
+    let mut frozen = match options.tracking {
+        Some(watches) => target.freeze_tracked(watches)?,
+        None => target.freeze(options.runs_on)?,
+    };
     if afterwards == Afterwards::Running {
         return Ok(frozen.dump_and_resume(destination, options)?.manifest);
     }

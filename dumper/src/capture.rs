@@ -4,7 +4,7 @@
 //! copied by others meanwhile. What follows from what was read is put together in one place, in the order of the tree.
 
 use std::collections::HashMap;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use torpor_image::description::Objects;
 use torpor_image::manifest::{Host, Manifest, Times};
@@ -29,6 +29,7 @@ use crate::restart::Restarts;
 use crate::scratch::{self, Files};
 use crate::stage::Stage;
 use crate::task::{self, Outside, Prepared};
+use crate::track::Tracking;
 use crate::{inject, io_uring, lease, sharing, survey, sysv, tcp, thread, vma, workers};
 
 /// Everything of a tree at one instant: it may go on, or be ended, whatever happens to this.
@@ -67,6 +68,9 @@ pub(crate) fn capture<'s>(
     collector.sockets.rules = options.external_unix.to_vec();
     collector.rings = rings.rings();
     collector.members = stopped.processes.iter().map(|p| p.pid().0).collect();
+    if let Some(tracking) = options.tracking {
+        collector.watched = tracking.watched().flat_map(|p| [p, survey::living(p)]).collect();
+    }
     collector.files = Files::new(options.files.clone(), root)?;
     let shares = sharing::collect(&stopped.processes)?;
     let looks = looks(stopped, opened, &shares)?;
@@ -112,6 +116,7 @@ pub(crate) fn capture<'s>(
             // Memory that is another's is in the image once.
             vmas: if shares[i].memory.is_some() { &[] } else { &vmas[i] },
             parent: numbers.get(&outsides[i].ppid()).copied(),
+            covered: options.tracking.and_then(|t| t.covered(stopped.processes[i].pid())),
         })
         .collect();
     let (outcomes, (pages, memory)) = {
@@ -161,7 +166,8 @@ pub(crate) fn capture<'s>(
         taken_at,
         times: Times {
             freezing: stopped.freezing.as_nanos() as u64,
-            frozen: stopped.since.elapsed().as_nanos() as u64,
+            frozen: (stopped.since.elapsed() + options.tracking.map_or(Duration::ZERO, Tracking::stood)).as_nanos()
+                as u64,
             memory: (memory + begin.elapsed()).as_nanos() as u64,
         },
         runs_on: options.runs_on,

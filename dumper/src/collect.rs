@@ -5,7 +5,7 @@
 //! calls [`Collector::refuse`] and goes on, so that one run names everything.
 
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
 
 use torpor_image::description::Objects;
@@ -72,6 +72,8 @@ pub(crate) struct Collector {
     /// What was seen of System V IPC.
     pub(crate) sysv: crate::sysv::State,
     pub(crate) ptys: Ptys,
+    /// Processes whose writes are watched by torpor.
+    pub(crate) watched: HashSet<Pid>,
     /// Rings of io_uring met so far.
     pub(crate) rings: crate::io_uring::Rings,
     inodes: HashMap<(u64, u64), InodeId>,
@@ -88,6 +90,7 @@ impl Collector {
             live,
             members: BTreeSet::from([pid.0]),
             ptys: Ptys::default(),
+            watched: HashSet::new(),
             rings: crate::io_uring::Rings::default(),
             tcp: crate::tcp::Captures::default(),
             sockets: crate::unix::Sockets::default(),

@@ -1,6 +1,6 @@
 //! From a pid to an image: survey, freeze, collect, copy, write.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use torpor_image::manifest::Manifest;
@@ -21,6 +21,7 @@ use crate::rules::Rules;
 use crate::stage::Stage;
 use crate::survey::{self, Survey};
 use crate::tcp::{self, TcpPolicy};
+use crate::track::Tracking;
 use crate::unix::{self, ExternalUnix};
 use crate::{inotify, io_uring, netlink, pty};
 
@@ -56,6 +57,8 @@ pub struct Options<'a> {
     pub cancel: Option<&'a (dyn Fn() -> bool + Sync)>,
     /// What shall become of Unix sockets whose peers are not part of the dump; the first that fits.
     pub external_unix: &'a [ExternalUnix],
+    /// The watches over the tree by which it was followed: what did not change is not copied.
+    pub tracking: Option<&'a Tracking>,
 }
 
 impl Options<'_> {
@@ -133,8 +136,19 @@ impl Target {
 
     /// The same, with what shall become of TCP connections and Unix sockets whose peers are not part of the dump.
     pub fn find_with(pid: i32, tcp: TcpPolicy, external_unix: &[ExternalUnix]) -> Result<Self> {
+        Self::find_tracked(pid, tcp, external_unix, None)
+    }
+
+    /// The same of a tree that is watched by `tracking`.
+    pub fn find_tracked(
+        pid: i32,
+        tcp: TcpPolicy,
+        external_unix: &[ExternalUnix],
+        tracking: Option<&Tracking>,
+    ) -> Result<Self> {
         let root = Pid(pid);
-        let (survey, maps) = survey::survey(root, tcp, external_unix)?;
+        let watched = tracking.map(|t| t.watched().flat_map(|p| [p, survey::living(p)]).collect()).unwrap_or_default();
+        let (survey, maps) = survey::survey(root, tcp, external_unix, &watched)?;
         if !survey.refusals.is_empty() {
             return Err(Error::Refused { pid: root, refusals: survey.refusals });
         }
@@ -182,7 +196,31 @@ impl Target {
     /// would lose, or has not mapped its libc yet. `runs_on` tells whether it shall do so after the dump; it is as well
     /// to stand for a shorter time then, at the price of more memory for us.
     pub fn freeze(&self, runs_on: bool) -> Result<Frozen> {
-        let stage = Stage::for_bytes(self.anonymous, runs_on);
+        self.freeze_with(Stage::for_bytes(self.anonymous, runs_on))
+    }
+
+    /// The same for a tree that was followed: little of it is left to be copied.
+    pub fn freeze_tracked(&self, tracking: &Tracking) -> Result<Frozen> {
+        self.freeze_with(Stage::for_bytes(tracking.expected().min(self.anonymous), true))
+    }
+
+    /// Stops the tree for a moment, and tells by which code its processes can be entered.
+    pub(crate) fn stop(&self) -> Result<(FrozenTree, HashMap<Pid, Gadgets>)> {
+        let mut known = self.known.clone();
+        for _ in 0..STARTS {
+            let mut stopped = FrozenTree::freeze(self.root)?;
+            if let Ok(gadgets) = self.gadgets_of(&stopped, &mut known) {
+                return Ok((stopped, gadgets));
+            }
+            stopped.release();
+            std::thread::sleep(START);
+        }
+        let stopped = FrozenTree::freeze(self.root)?;
+        let gadgets = self.gadgets_of(&stopped, &mut known)?;
+        Ok((stopped, gadgets))
+    }
+
+    fn freeze_with(&self, stage: Option<Stage>) -> Result<Frozen> {
         let restarts = Restarts::look(self.survey.processes.iter().map(|p| p.pid));
         let rings = io_uring::Watch::of(&self.survey);
         let mut known = self.known.clone();
@@ -293,5 +331,5 @@ impl Frozen {
 
 /// Surveys a process without stopping it: what a dump would take, lose or refuse.
 pub fn check(pid: i32) -> Result<Survey> {
-    survey::survey(Pid(pid), TcpPolicy::Refuse, &[]).map(|(survey, _)| survey)
+    survey::survey(Pid(pid), TcpPolicy::Refuse, &[], &HashSet::new()).map(|(survey, _)| survey)
 }

@@ -24,12 +24,15 @@
 mod infected;
 mod room;
 
+use std::os::fd::OwnedFd;
+
 use infected::Infected;
 use torpor_kernel::ids::Tid;
 use torpor_kernel::maps::Mapping;
 use torpor_kernel::memory::Memory;
 use torpor_kernel::ptrace;
-use torpor_parasite::script::{Outcome, Script};
+use torpor_parasite::script::{OpId, Outcome, Script, Value};
+use torpor_parasite::wire::TRAPS;
 
 use crate::error::Result;
 use crate::freeze::Frozen;
@@ -66,6 +69,31 @@ pub(crate) struct Visit<'a> {
     pub(crate) threads: &'a [Before],
     pub(crate) entry: Entry<'a>,
     pub(crate) scripts: &'a [Script],
+    /// The operation of the leader's script after which it shows us a descriptor ([`lend`]).
+    pub(crate) lends: Option<OpId>,
+}
+
+/// Adds to the script of a leader, which knows itself by `own_tgid` and `own_tid`: a call of ours that makes a
+/// descriptor, a moment in which the tracer may copy it, and that it is closed. It is, also should we be killed then: the
+/// signal that stops a traced thread is nothing to another.
+pub(crate) fn lend(
+    script: &mut Script,
+    purpose: &'static str,
+    (nr, args): (i64, &[Value]),
+    (own_tgid, own_tid): (i32, i32),
+    taken_signals: u64,
+) -> Option<OpId> {
+    let trap = trap(taken_signals)?;
+    let made = script.call(purpose, nr, args);
+    let shown: [Value; 3] = [own_tgid.into(), own_tid.into(), trap.into()];
+    script.call("showing it to torpor", libc::SYS_tgkill, &shown);
+    script.call("closing it again", libc::SYS_close, &[made.into()]);
+    Some(made)
+}
+
+/// The signal by which a thread shows that it is done, of those that the process has no use for.
+fn trap(taken_signals: u64) -> Option<i32> {
+    TRAPS.into_iter().find(|s| taken_signals & (1 << (s - 1)) == 0)
 }
 
 /// Processes that can be entered: their way back is written.
@@ -98,6 +126,15 @@ impl Ready<'_> {
     ///
     /// Each step is taken by all before the next one by any: while the tracer prepares one, others run.
     pub(crate) fn run(self) -> Result<Vec<Vec<Outcome>>> {
+        self.visit().into_iter().map(|visited| visited.map(|(outcomes, _)| outcomes)).collect()
+    }
+
+    /// The same, for what was lent by each; an error concerns one of them.
+    pub(crate) fn borrow(self) -> Vec<Result<Option<OwnedFd>>> {
+        self.visit().into_iter().map(|visited| visited.map(|(_, lent)| lent)).collect()
+    }
+
+    fn visit(self) -> Vec<Result<(Vec<Outcome>, Option<OwnedFd>)>> {
         let mut all = self.0;
         enter(&mut all);
         if all.iter().all(|i| i.failed.is_none()) {
@@ -108,7 +145,7 @@ impl Ready<'_> {
         all.into_iter()
             .map(|i| match (i.failed, i.left) {
                 (Some(e), _) | (None, Err(e)) => Err(e),
-                (None, Ok(())) => Ok(i.outcomes),
+                (None, Ok(())) => Ok((i.outcomes, i.lent)),
             })
             .collect()
     }

@@ -6,6 +6,7 @@
 //! writer has a data file of its own, so that none waits for another's inode lock.
 
 mod content;
+mod live;
 mod store;
 
 use std::fs::File;
@@ -20,10 +21,13 @@ use torpor_kernel::pagemap::{PageScan, Want};
 
 use crate::error::{Error, Result};
 use crate::stage::Stage;
+use crate::track::runs::{self, Runs};
 use crate::workers;
 
 pub(crate) use self::content::copy_inode;
-use self::store::{slice, store};
+pub(crate) use self::live::copy_live;
+pub(crate) use self::store::slice;
+use self::store::store;
 
 /// Bytes copied at a time: fits into the second-level cache, so that the zero test and the checksum read
 /// what is there already.
@@ -54,6 +58,8 @@ pub(crate) struct Space<'a> {
     pub(crate) vmas: &'a [Vma],
     /// The space it may have been forked from, which stands before it.
     pub(crate) parent: Option<usize>,
+    /// What was copied of it before, if its writes are followed ([`crate::track`]): still right where nothing was written.
+    pub(crate) covered: Option<&'a [Record]>,
 }
 
 /// A run of memory to be copied.
@@ -84,6 +90,8 @@ enum Pages {
 #[derive(Debug, Default)]
 struct Rest {
     guards: Vec<Record>,
+    /// Pages that were copied before.
+    known: Vec<Record>,
     parent: Option<usize>,
     /// Runs whose pages it still shares with its parent.
     inherited: Vec<(u64, u64)>,
@@ -148,18 +156,32 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
             offset: 0,
         }));
     }
+    if let Some(covered) = space.covered {
+        rest.known = still_known(&scan, space.vmas, covered, &runs);
+        runs = runs::without(&runs, &runs::of(&rest.known));
+    }
     if let Some(parent) = space.parent {
         (rest.inherited, runs) = shared_pages(pid, spaces[parent].pid, &runs)?;
     }
     Ok((runs.into_iter().map(|(start, end)| Run { space: number, start, end }).collect(), rest))
 }
 
-/// Runs of pages: first address, and the one after the last.
-type Runs = Vec<(u64, u64)>;
+/// What was copied before of pages that are `present`, and was not written since.
+fn still_known(scan: &PageScan, vmas: &[Vma], covered: &[Record], present: &[(u64, u64)]) -> Vec<Record> {
+    let mut written = Runs::new();
+    for vma in vmas.iter().filter(|v| v.private()) {
+        match scan.take_written(vma.start, vma.end) {
+            Ok(Some(ranges)) => written.extend(ranges.into_iter().map(|r| (r.start, r.end))),
+            // Nobody has followed what was written there.
+            Ok(None) | Err(_) => written.push((vma.start, vma.end)),
+        }
+    }
+    runs::within(covered, &runs::without(present, &runs::tidy(written)))
+}
 
 /// Splits `runs` of a process into those whose pages its parent has at the same address as well, and the
 /// others. Without the privilege to see page frames (Documentation/admin-guide/mm/pagemap.rst) there are only others.
-fn shared_pages(pid: Pid, parent: Pid, runs: &[(u64, u64)]) -> Result<(Runs, Runs)> {
+pub(crate) fn shared_pages(pid: Pid, parent: Pid, runs: &[(u64, u64)]) -> Result<(Runs, Runs)> {
     const PRESENT: u64 = 1 << 63;
     const SWAPPED: u64 = 1 << 62;
     const FRAME: u64 = (1 << 55) - 1;
@@ -333,6 +355,7 @@ impl Copied {
         let mut all: Vec<Vec<Record>> = Vec::with_capacity(own.len());
         for (mut records, rest) in own.into_iter().zip(self.spaces) {
             records.extend(rest.guards);
+            records.extend(rest.known);
             if let Some(parent) = rest.parent {
                 for (start, end) in rest.inherited {
                     slice(&all[parent], start, end, &mut records);

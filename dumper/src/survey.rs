@@ -1,5 +1,6 @@
 //! What a dump of a running process would take, lose or refuse, without stopping it.
 
+use std::collections::HashSet;
 use std::os::unix::fs::FileExt;
 
 use torpor_image::Bytes;
@@ -90,14 +91,15 @@ pub(crate) fn survey(
     root: Pid,
     policy: tcp::TcpPolicy,
     external_unix: &[ExternalUnix],
+    watched: &HashSet<Pid>,
 ) -> Result<(Survey, Maps)> {
-    let (mut survey, mut maps) = look(root, policy, external_unix)?;
+    let (mut survey, mut maps) = look(root, policy, external_unix, watched)?;
     for _ in 1..LOOKS {
         if survey.refusals.is_empty() || survey.processes.len() == 1 {
             break;
         }
         let before = std::mem::take(&mut survey.refusals);
-        (survey, maps) = look(root, policy, external_unix)?;
+        (survey, maps) = look(root, policy, external_unix, watched)?;
         survey.refusals.retain(|r| before.contains(r));
     }
     Ok((survey, maps))
@@ -125,11 +127,17 @@ fn vforks(found: &Members) -> Vec<Refusal> {
     all.into_iter().map(|(pid, tid)| freeze::vfork(pid, tid)).collect()
 }
 
-fn look(root: Pid, policy: tcp::TcpPolicy, external_unix: &[ExternalUnix]) -> Result<(Survey, Maps)> {
+fn look(
+    root: Pid,
+    policy: tcp::TcpPolicy,
+    external_unix: &[ExternalUnix],
+    watched: &HashSet<Pid>,
+) -> Result<(Survey, Maps)> {
     let mut found = members(root)?;
     let vforks = vforks(&found);
     let mut collector = Collector::new(root, true);
     collector.tcp.policy = policy;
+    collector.watched.clone_from(watched);
     collector.sockets.rules = external_unix.to_vec();
     collector.members = found.living.iter().map(|(pid, _)| pid.0).collect();
     let mut tables = Vec::new();
@@ -154,7 +162,7 @@ fn look(root: Pid, policy: tcp::TcpPolicy, external_unix: &[ExternalUnix]) -> Re
         Err(e) if has_ended(collector.pid) && collector.pid != root => {
             // Once more without the one that has ended meanwhile.
             let _gone = e;
-            return look(root, policy, external_unix);
+            return look(root, policy, external_unix, watched);
         }
         Err(e) => return Err(e),
     };

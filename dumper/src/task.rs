@@ -219,6 +219,7 @@ impl Prepared {
             threads: &self.before,
             entry: Entry { maps, gadgets, taken_signals: self.taken, own_tgid: self.own_tgid },
             scripts: other.map_or(&self.scripts, std::slice::from_ref),
+            lends: None,
         }
     }
 

@@ -13,6 +13,7 @@ use torpor_kernel::maps::{Kind, Mapping};
 
 use crate::collect::{Collector, Content, stat_path};
 use crate::error::{Error, Result};
+use crate::track::keeper;
 
 /// `MADV_*` by the word that smaps shows (fs/proc/task_mmu.c, `show_smap_vma_flags`).
 const ADVICE: [(&str, i32); 8] = [
@@ -104,7 +105,9 @@ fn refuse_flags(collector: &mut Collector, mapping: &Mapping) {
         let word = std::str::from_utf8(word).unwrap_or("??");
         // Memory of single pages of the kernel's, as that of rings is.
         let mixed = word == "mm" && crate::io_uring::is_mapped(mapping);
-        if mixed || PLAIN.contains(&word) || ADVICE.iter().any(|(w, _)| *w == word) {
+        // By a dump that has left a watch over what is written.
+        let ours = word == "uw" && is_watched(collector);
+        if mixed || ours || PLAIN.contains(&word) || ADVICE.iter().any(|(w, _)| *w == word) {
             continue;
         }
         let what = REFUSED.iter().find(|(w, _)| *w == word).map(|(_, what)| (*what).to_owned());
@@ -268,6 +271,15 @@ fn note_mapped(collector: &mut Collector, id: InodeId, mapping: &Mapping) {
         let size = &mut collector.objects.inodes[id.0 as usize].size;
         *size = (*size).max(mapping.offset + (mapping.end - mapping.start));
     }
+}
+
+/// Whether it is torpor that watches the writes of the process.
+fn is_watched(collector: &mut Collector) -> bool {
+    let pid = collector.pid;
+    if !collector.watched.contains(&pid) && keeper::holds(pid) {
+        collector.watched.insert(pid);
+    }
+    collector.watched.contains(&pid)
 }
 
 /// The memory map of a process with all that is told of its areas.

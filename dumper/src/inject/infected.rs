@@ -1,13 +1,16 @@
 //! One process on its way in and out, step by step.
 
+use std::os::fd::{AsFd, OwnedFd};
+
 use torpor_blob::{BLOB, ENTRY};
+use torpor_kernel::fds;
 use torpor_kernel::ids::{RemoteAddr, Tid};
 use torpor_kernel::memory::Memory;
 use torpor_kernel::ptrace::{self, Stop};
-use torpor_parasite::script::{Outcome, Placed, Script, Surroundings};
-use torpor_parasite::wire::{Context, Heal, STACK, TRAPS, command, heal, state};
+use torpor_parasite::script::{OpId, Outcome, Placed, Script, Surroundings};
+use torpor_parasite::wire::{Context, Heal, STACK, command, heal, state};
 
-use super::{Before, Visit, room};
+use super::{Before, Visit, room, trap};
 use crate::error::{Error, Result};
 use crate::freeze::Frozen;
 use crate::gadget::Gadgets;
@@ -55,6 +58,9 @@ pub(super) struct Infected<'a> {
     entered: Vec<usize>,
     scripts: &'a [Script],
     pub(super) outcomes: Vec<Outcome>,
+    lends: Option<OpId>,
+    /// Our copy of the descriptor that was shown to us.
+    pub(super) lent: Option<OwnedFd>,
     /// What went wrong on the way in.
     pub(super) failed: Option<Error>,
     /// How the way out went.
@@ -64,16 +70,15 @@ pub(super) struct Infected<'a> {
 impl<'a> Infected<'a> {
     /// Decides where everything goes and writes the way back; the process has not run yet.
     pub(super) fn prepare(visit: Visit<'a>) -> Result<Self> {
-        let Visit { frozen, memory, threads, entry, scripts } = visit;
+        let Visit { frozen, memory, threads, entry, scripts, lends } = visit;
         let pid = frozen.pid();
         let injection = |what: &str| Error::Injection { pid, what: what.to_owned() };
-        let trap = TRAPS
-            .into_iter()
-            .find(|s| entry.taken_signals & (1 << (s - 1)) == 0)
-            .ok_or_else(|| injection(
-                    "it handles or holds SIGURG, SIGWINCH and SIGCHLD, of which one must be left to torpor: let it give up \
-                     one",
-                ))?;
+        let trap = trap(entry.taken_signals).ok_or_else(|| {
+            injection(
+                "it handles or holds SIGURG, SIGWINCH and SIGCHLD, of which one must be left to torpor: let it give \
+                 up one",
+            )
+        })?;
 
         // The arena: the count of guests, then for each thread a context, a stack, a frame and a script.
         let guests = 0u64;
@@ -128,6 +133,8 @@ impl<'a> Infected<'a> {
             entered: Vec::new(),
             scripts,
             outcomes: Vec::new(),
+            lends,
+            lent: None,
             failed: None,
             left: Ok(()),
         };
@@ -298,11 +305,11 @@ impl<'a> Infected<'a> {
         let busy = self.busy();
         for &i in &busy {
             self.wait_for_trap(i)?;
+            if i == 0 {
+                self.take_lent()?;
+            }
         }
-        let mut arena = vec![0u8; self.arena_length as usize];
-        self.memory
-            .read_exact_at(RemoteAddr(self.arena), &mut arena)
-            .map_err(self.kernel("reading what the scripts left"))?;
+        let arena = self.read_arena()?;
         let mut outcomes = vec![Outcome::default(); self.seats.len()];
         for &i in &busy {
             let seat = self.seats[i];
@@ -326,6 +333,30 @@ impl<'a> Infected<'a> {
         }
         self.outcomes = outcomes;
         Ok(())
+    }
+
+    fn read_arena(&self) -> Result<Vec<u8>> {
+        let mut arena = vec![0u8; self.arena_length as usize];
+        self.memory
+            .read_exact_at(RemoteAddr(self.arena), &mut arena)
+            .map_err(self.kernel("reading what the scripts left"))?;
+        Ok(arena)
+    }
+
+    /// Copies the descriptor that the leader shows, and lets it go on to the end of its script.
+    fn take_lent(&mut self) -> Result<()> {
+        let (Some(op), Some((placed, _))) = (self.lends, self.seats[0].script) else { return Ok(()) };
+        let arena = self.read_arena()?;
+        if Context::from_bytes(&arena[self.seats[0].context as usize..]).state != state::RUNNING {
+            // It got none, and is at its end.
+            return Ok(());
+        }
+        let number = self.scripts[0].outcome(placed, &arena).result(op) as i32;
+        let pid = self.frozen.living();
+        let pidfd = fds::pidfd_open(pid).map_err(self.kernel("opening its pidfd"))?;
+        self.lent = Some(fds::getfd(pidfd.as_fd(), number).map_err(self.kernel("copying its descriptor"))?);
+        ptrace::cont(self.threads[0].tid, 0).map_err(self.kernel("running a script in it"))?;
+        self.wait_for_trap(0)
     }
 
     /// Takes a signal off a thread that runs for us, to be sent again when it is let go. A fault is our own

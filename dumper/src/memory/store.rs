@@ -57,7 +57,7 @@ fn is_zero(page: &[u8]) -> bool {
 }
 
 /// Adds the parts of sorted `records` that lie in a range.
-pub(super) fn slice(records: &[Record], start: u64, end: u64, to: &mut Vec<Record>) {
+pub(crate) fn slice(records: &[Record], start: u64, end: u64, to: &mut Vec<Record>) {
     let first = records.partition_point(|r| r.address + r.length <= start);
     for record in records[first..].iter().take_while(|r| r.address < end) {
         let address = record.address.max(start);

@@ -1,0 +1,71 @@
+//! Copying memory of processes that run: what is read may be half of one instant and half of another, and is copied
+//! again if it was written meanwhile ([`crate::track`]).
+
+use torpor_image::extent::Record;
+use torpor_image::write::DataFile;
+use torpor_kernel::ids::Pid;
+
+use super::store::store;
+use super::{CHUNK, Reader, Run, Watch, split, writers};
+use crate::error::Result;
+use crate::track::runs::Runs;
+
+/// Copies runs of processes, as far as they can be read, by several writers; gives what was copied of each, in order.
+pub(crate) fn copy_live(
+    wanted: &[(Pid, Runs)],
+    files: &mut [DataFile],
+    watch: &Watch<'_>,
+) -> Result<Vec<Vec<Record>>> {
+    let of = |(space, (_, runs)): (usize, &(Pid, Runs))| {
+        runs.iter().map(move |(start, end)| Run { space, start: *start, end: *end }).collect::<Vec<_>>()
+    };
+    let runs: Vec<Run> = wanted.iter().enumerate().flat_map(of).collect();
+    let bytes: u64 = runs.iter().map(|r| r.end - r.start).sum();
+    let writers = writers(bytes).min(files.len() as u64).max(1);
+    let shares = split(&runs, bytes.div_ceil(writers).next_multiple_of(torpor_image::extent::PAGE));
+    let mut all = vec![Vec::new(); wanted.len()];
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = shares
+            .iter()
+            .zip(files.iter_mut())
+            .map(|(share, file)| scope.spawn(move || copy_share(wanted, share, file, watch)))
+            .collect();
+        for worker in workers {
+            for (space, records) in worker.join().expect("a writer does not panic")? {
+                all[space].extend(records);
+            }
+        }
+        Ok(all)
+    })
+}
+
+fn copy_share(
+    wanted: &[(Pid, Runs)],
+    share: &[Run],
+    file: &mut DataFile,
+    watch: &Watch<'_>,
+) -> Result<Vec<(usize, Vec<Record>)>> {
+    let mut all = Vec::new();
+    let mut buffer = vec![0u8; CHUNK as usize];
+    for runs in share.chunk_by(|a, b| a.space == b.space) {
+        let space = runs[0].space;
+        // It may have ended.
+        let Ok(reader) = Reader::open(wanted[space].0) else { continue };
+        let mut records = Vec::new();
+        for run in runs {
+            let mut at = run.start;
+            while at < run.end {
+                let length = (run.end - at).min(CHUNK);
+                let bytes = &mut buffer[..length as usize];
+                // What is not there any more is not needed either.
+                if reader.read(at, bytes).is_ok() {
+                    store(&mut records, at, bytes, file)?;
+                }
+                watch.copied(reader.pid, length)?;
+                at += length;
+            }
+        }
+        all.push((space, records));
+    }
+    Ok(all)
+}

@@ -1,0 +1,269 @@
+//! Following what a tree writes, so that a dump copies what has changed only, and most of that while the tree runs.
+//!
+//! Each process gets a userfaultfd of ours in asynchronous write-protection mode ([`torpor_kernel::write_watch`]), made inside
+//! it and closed there at once: what remains is a flag of its areas. From then on `PAGEMAP_SCAN` tells which pages were
+//! written, and forgets it in the same moment. So whoever takes that away must keep it: a base, the image of which all
+//! later writes are known, is given up with the first look and set again by a complete dump. A dump that fails, or is
+//! killed, takes the userfaultfds with it, and the next one counts everything as changed.
+//!
+//! What is known of a page is worth something only if it has been watched without a gap since its contents were
+//! copied. Areas that are new, were moved, or cannot be watched show as not watched (`PM_SCAN_CHECK_WPASYNC`) or as
+//! written. Which pages there are is asked for again when the tree stands: of memory that was given back (madvise(2),
+//! `MADV_DONTNEED`) in large pieces the kernel does not tell.
+//!
+//! Writes by other ways than the process's own page tables do not show: those of devices into pinned pages (io_uring
+//! with registered buffers, O_DIRECT reads under way), as it is with every tracking of writes. What is shared between
+//! processes is compared instead.
+
+pub(crate) mod keeper;
+mod rounds;
+pub(crate) mod runs;
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use torpor_image::Image;
+use torpor_image::extent::{Record, Where};
+use torpor_kernel::ids::{Pid, Tid};
+use torpor_kernel::memory::Memory;
+use torpor_kernel::write_watch::WriteWatch;
+use torpor_kernel::{abi, stat};
+use torpor_parasite::script::{Script, Value};
+
+use crate::dump::{Destination, Options, Target};
+use crate::error::{Error, Result};
+use crate::freeze::{Frozen, FrozenTree};
+use crate::gadget::Gadgets;
+use crate::inject::{self, Entry, Visit};
+use crate::memory::most_files;
+use crate::restart::Restarts;
+use crate::{sharing, thread};
+
+/// Room for what is written between the last look and the freeze, besides as much again as that look found.
+const MARGIN: u64 = 16 << 20;
+
+/// The watches over the processes of a tree. Dropped, nothing is watched any more.
+#[derive(Debug, Default)]
+pub struct Tracking {
+    trackers: HashMap<Pid, Tracker>,
+    /// Identity of the image since which all writes are known.
+    base: Option<String>,
+    /// What is known of the pages of each process, in the terms of the image that is being written.
+    covered: HashMap<Pid, Vec<Record>>,
+    /// Bytes that are likely to be copied when the tree stands.
+    expected: u64,
+    /// How long the tree stood for the watches to be made.
+    stood: Duration,
+}
+
+/// The watch over one process.
+#[derive(Debug)]
+struct Tracker {
+    /// When the process started, which tells it from another of the same pid.
+    started: u64,
+    watch: WriteWatch,
+}
+
+impl Tracking {
+    /// The watches that an earlier dump has left over a tree; none, if none did.
+    pub fn resume(target: &Target) -> Self {
+        let pids = target.survey().processes.iter().map(|p| p.pid);
+        keeper::take(pids)
+    }
+
+    /// Whether a process is watched by us.
+    pub(crate) fn watches(&self, pid: Pid) -> bool {
+        self.trackers.contains_key(&pid)
+    }
+
+    /// The processes that are watched.
+    pub(crate) fn watched(&self) -> impl Iterator<Item = Pid> {
+        self.trackers.keys().copied()
+    }
+
+    /// Identity of the image since which all writes are known.
+    pub fn base(&self) -> Option<&str> {
+        self.base.as_deref()
+    }
+
+    /// What is known of the pages of a process.
+    pub(crate) fn covered(&self, pid: Pid) -> Option<&[Record]> {
+        self.watches(pid).then(|| self.covered.get(&pid).map_or(&[][..], Vec::as_slice))
+    }
+
+    /// Bytes that are likely to be copied when the tree stands.
+    pub(crate) fn expected(&self) -> u64 {
+        2 * self.expected + MARGIN
+    }
+
+    /// How long the tree stood for the watches to be made.
+    pub(crate) fn stood(&self) -> Duration {
+        self.stood
+    }
+
+    /// Watches every process of the tree that is not watched yet, for which the tree stands for a moment. One that
+    /// cannot be watched is copied whole.
+    pub fn begin(&mut self, target: &Target) -> Result<()> {
+        let known = |pid: Pid, tracker: &Tracker| {
+            stat::of_process(pid).is_ok_and(|stat| stat.starttime == tracker.started)
+        };
+        self.trackers.retain(|pid, tracker| known(*pid, tracker));
+        self.stood = Duration::ZERO;
+        if target.survey().processes.iter().all(|p| self.watches(p.pid)) {
+            return Ok(());
+        }
+        let restarts = Restarts::look(target.survey().processes.iter().map(|p| p.pid));
+        let (mut stopped, gadgets) = target.stop()?;
+        let made = self.enter(&mut stopped, &gadgets, &restarts);
+        self.stood = stopped.since.elapsed();
+        stopped.release();
+        made
+    }
+
+    /// Makes a userfaultfd in each process that has none of ours.
+    fn enter(
+        &mut self,
+        stopped: &mut FrozenTree,
+        gadgets: &HashMap<Pid, Gadgets>,
+        restarts: &Restarts,
+    ) -> Result<()> {
+        let shares = sharing::collect(&stopped.processes)?;
+        let own: Vec<bool> = stopped
+            .processes
+            .iter()
+            .zip(&shares)
+            .map(|(p, shares)| shares.memory.is_none() && !self.watches(p.pid()))
+            .collect();
+        let mut ways = Vec::new();
+        for (process, _) in stopped.processes.iter().zip(&own).filter(|(_, own)| **own) {
+            ways.push(Way::of(process, restarts)?);
+        }
+        let mut visits = Vec::new();
+        let mut visited = Vec::new();
+        let processes = stopped.processes.iter_mut().zip(&own).filter(|(_, own)| **own);
+        for ((process, _), way) in processes.zip(&ways) {
+            let Some(gadgets) = gadgets.get(&process.pid()) else { continue };
+            let started = stat::of_process(process.pid());
+            let started = started.map_err(Error::kernel(process.pid(), "reading its stat"))?.starttime;
+            visited.push((process.pid(), started));
+            visits.push(way.visit(process, *gadgets));
+        }
+        for ((pid, started), lent) in visited.into_iter().zip(inject::prepare(visits)?.borrow()) {
+            match lent {
+                Ok(Some(fd)) => {
+                    if let Ok(watch) = WriteWatch::begin(fd) {
+                        self.trackers.insert(pid, Tracker { started, watch });
+                    }
+                }
+                // It may have no descriptors left, or the kernel no such thing: it goes without.
+                Ok(None) | Err(Error::Script { .. }) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies what has changed since `parent`, which the new image builds on if that is the base, or else everything; and
+    /// again what has changed meanwhile, until little is left for the freeze. The tree runs.
+    pub fn follow(
+        &mut self,
+        to: &mut Destination,
+        parent: Option<&Image>,
+        options: &Options<'_>,
+    ) -> Result<()> {
+        self.covered.clear();
+        let base = self.base.take();
+        if let Some(parent) = parent {
+            let borrowing = to.writer.build_on(parent, most_files())?;
+            if base.is_some_and(|base| base == parent.manifest.id) {
+                for task in &parent.tasks {
+                    let records = parent.records(task.memory.pages).iter();
+                    let borrowed = records.filter_map(|r| match r.place {
+                        Where::Data => Some(Record { file: borrowing.number(r.file)?, ..*r }),
+                        Where::Zero => Some(*r),
+                        Where::Guard => None,
+                    });
+                    self.covered.insert(Pid(task.pid.0), borrowed.collect());
+                }
+            }
+        }
+        rounds::run(self, &mut to.files, &options.watch())
+    }
+
+    /// A complete image has everything that was written until now.
+    pub fn based_on(&mut self, id: &str) {
+        self.covered.clear();
+        self.base = Some(id.to_owned());
+    }
+
+    /// Leaves the watches to a process that goes on until the tree ends, or another dump takes them over.
+    pub fn leave(self) -> Result<()> {
+        keeper::start(self)
+    }
+}
+
+/// What is needed to enter a process for its userfaultfd.
+struct Way {
+    memory: Memory,
+    leader: [inject::Before; 1],
+    maps: Vec<torpor_kernel::maps::Mapping>,
+    taken: u64,
+    own_tgid: i32,
+    scripts: Vec<Script>,
+    lends: Option<torpor_parasite::script::OpId>,
+}
+
+impl Way {
+    fn of(process: &Frozen, restarts: &Restarts) -> Result<Self> {
+        let (own_pid, pid) = (process.pid(), process.living());
+        let memory = Memory::open(pid, true).map_err(Error::kernel(pid, "opening its memory"))?;
+        let tid = process.threads().first().map_or(Tid(pid.0), |t| t.tid);
+        let leader = thread::read(own_pid, tid, thread::look(own_pid, tid)?, &memory, restarts)?;
+        let mut taken = 0;
+        for thread in process.threads() {
+            let status = torpor_kernel::status::of_task(own_pid, thread.tid)
+                .map_err(Error::kernel(pid, "reading its status"))?;
+            taken |= status.caught | status.sig_pending | status.shared_pending;
+        }
+        let own_tid = leader.before.own_tid;
+        let own_tgid = if process.leader_ended() { own_pid.0 } else { own_tid };
+        let mut script = Script::new();
+        let flags: [Value; 1] = [(libc::O_CLOEXEC | abi::UFFD_USER_MODE_ONLY).into()];
+        let call = (libc::SYS_userfaultfd, &flags[..]);
+        let lends = inject::lend(&mut script, "a userfaultfd", call, (own_tgid, own_tid), taken);
+        Ok(Way {
+            memory,
+            leader: [leader.before],
+            maps: torpor_kernel::maps::maps(pid).map_err(Error::kernel(pid, "reading its memory map"))?,
+            taken,
+            own_tgid,
+            scripts: vec![script],
+            lends,
+        })
+    }
+
+    fn visit<'a>(&'a self, frozen: &'a mut Frozen, gadgets: Gadgets) -> Visit<'a> {
+        let entry =
+            Entry { maps: &self.maps, gadgets, taken_signals: self.taken, own_tgid: self.own_tgid };
+        Visit {
+            frozen,
+            memory: &self.memory,
+            threads: &self.leader,
+            entry,
+            scripts: &self.scripts,
+            lends: self.lends,
+        }
+    }
+}
+
+/// Whether writes can be watched on this kernel at all, by doing.
+pub fn available() -> Result<(), Errno> {
+    use std::os::fd::FromRawFd;
+    // SAFETY: takes a number, gives a descriptor that is ours.
+    let fd = unsafe {
+        let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | abi::UFFD_USER_MODE_ONLY);
+        std::os::fd::OwnedFd::from_raw_fd(Errno::result(fd)? as i32)
+    };
+    WriteWatch::begin(fd).map(drop).map_err(|e| e.errno().unwrap_or(Errno::EINVAL))
+}

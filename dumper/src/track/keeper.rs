@@ -1,0 +1,272 @@
+//! The process that keeps the watches over a tree from one dump to the next.
+//!
+//! A userfaultfd must not be closed between two dumps, and must not lie in the tree's own descriptor tables. So a child
+//! of ours holds them until the tree ends or the next dump asks for them, at an abstract Unix socket (unix(7)) whose
+//! name is made of the process's pid and start; it gives them away once, to the same user or root, and ends. It makes
+//! system calls only, as the guardian does, and stands in nobody's way when it is killed: then nothing is watched, and
+//! the next dump copies everything.
+
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, send, setsockopt,
+    socket, sockopt,
+};
+use torpor_kernel::ids::Pid;
+use torpor_kernel::write_watch::WriteWatch;
+use torpor_kernel::{fds, stat, status};
+
+use super::{Tracker, Tracking};
+use crate::error::{Error, Result};
+
+/// Questions.
+const HOLDS: u8 = b'h';
+const TAKE: u8 = b't';
+/// How long either side waits for the other.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Longest message.
+const LONGEST: usize = 256;
+
+/// The name of the socket about a process.
+fn name(pid: Pid, started: u64) -> Vec<u8> {
+    format!("torpor-track-{pid}-{started}").into_bytes()
+}
+
+/// Whether somebody keeps a watch over a process.
+pub(crate) fn holds(pid: Pid) -> bool {
+    let Some(socket) = ask(pid, HOLDS) else { return false };
+    let mut answer = [0u8; 1];
+    nix::sys::socket::recv(socket.as_raw_fd(), &mut answer, nix::sys::socket::MsgFlags::empty()) == Ok(1)
+}
+
+/// Takes over all watches over a tree.
+pub(super) fn take(pids: impl Iterator<Item = Pid>) -> Tracking {
+    let mut tracking = Tracking::default();
+    for pid in pids {
+        if tracking.watches(pid) {
+            continue;
+        }
+        let Some(socket) = ask(pid, TAKE) else { continue };
+        let mut base = None;
+        while let Some((pid, tracker, of)) = receive(&socket) {
+            base = Some(of);
+            tracking.trackers.insert(pid, tracker);
+        }
+        // Two trees that were dumped apart have no base in common.
+        let first = tracking.base.is_none();
+        tracking.base = if first { base } else { tracking.base.filter(|b| Some(b) == base.as_ref()) };
+    }
+    tracking
+}
+
+/// Asks whoever keeps a watch over a process.
+fn ask(pid: Pid, question: u8) -> Option<OwnedFd> {
+    let started = stat::of_process(pid).ok()?.starttime;
+    let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).ok()?;
+    connect(socket.as_raw_fd(), &UnixAddr::new_abstract(&name(pid, started)).ok()?).ok()?;
+    // Nobody else's word is taken for what has changed in a process.
+    let peer = getsockopt(&socket, sockopt::PeerCredentials).ok()?;
+    let owner = status::of_process(pid).ok()?.uids[1];
+    let own = nix::unistd::geteuid().as_raw();
+    if ![0, own, owner].contains(&peer.uid()) {
+        return None;
+    }
+    let patience = nix::sys::time::TimeVal::from(libc::timeval { tv_sec: PATIENCE.as_secs() as i64, tv_usec: 0 });
+    setsockopt(&socket, sockopt::ReceiveTimeout, &patience).ok()?;
+    send(socket.as_raw_fd(), &[question], nix::sys::socket::MsgFlags::MSG_NOSIGNAL).ok()?;
+    Some(socket)
+}
+
+/// One watch: of which process, and since which image.
+fn receive(socket: &OwnedFd) -> Option<(Pid, Tracker, String)> {
+    use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+    let mut buffer = [0u8; LONGEST];
+    let mut control = nix::cmsg_space!(std::os::fd::RawFd);
+    let mut parts = [std::io::IoSliceMut::new(&mut buffer)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let got = recvmsg::<UnixAddr>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags).ok()?;
+    let length = got.bytes;
+    let mut fd = None;
+    for message in got.cmsgs().ok()? {
+        if let ControlMessageOwned::ScmRights(fds) = message {
+            // SAFETY: descriptors that the kernel has just installed for us.
+            fd = fds.first().map(|fd| unsafe { OwnedFd::from_raw_fd(*fd) });
+        }
+    }
+    let text = std::str::from_utf8(&buffer[..length]).ok()?;
+    let mut words = text.split(' ');
+    let (pid, started) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+    let base = words.next()?.to_owned();
+    Some((Pid(pid), Tracker { started, watch: WriteWatch::resumed(fd?) }, base))
+}
+
+/// What is kept of one process.
+struct Kept {
+    listener: OwnedFd,
+    pidfd: OwnedFd,
+    watch: WriteWatch,
+    message: Vec<u8>,
+}
+
+/// Starts the process that keeps all watches.
+pub(super) fn start(tracking: Tracking) -> Result<()> {
+    let Tracking { trackers, base, .. } = tracking;
+    let Some(base) = base else { return Ok(()) };
+    let mut all = Vec::new();
+    for (pid, tracker) in trackers {
+        let Ok(pidfd) = fds::pidfd_open(pid) else { continue };
+        let listener = listener(pid, tracker.started).map_err(|errno| {
+            let socket = "a socket for the watch over it";
+            Error::kernel(pid, socket)(torpor_kernel::Error::syscall("bind", "", errno))
+        })?;
+        let message = format!("{pid} {} {base}", tracker.started).into_bytes();
+        all.push(Kept { listener, pidfd, watch: tracker.watch, message });
+    }
+    if all.is_empty() {
+        return Ok(());
+    }
+    let mut polled: Vec<libc::pollfd> = Vec::with_capacity(2 * all.len());
+    let poll = |fd: i32| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    polled.extend(all.iter().map(|k| poll(k.listener.as_raw_fd())));
+    polled.extend(all.iter().map(|k| poll(k.pidfd.as_raw_fd())));
+    let mut keep: Vec<i32> = polled.iter().map(|p| p.fd).collect();
+    keep.extend(all.iter().map(|k| k.watch.as_fd().as_raw_fd()));
+    keep.sort_unstable();
+    // SAFETY: takes nothing.
+    let own = unsafe { libc::geteuid() };
+    // SAFETY: without flags a fork(2) that tells nobody when the child ends. The child makes system calls on memory
+    // that was made ready, and exits.
+    unsafe {
+        let pid = libc::syscall(libc::SYS_clone, 0, 0, 0, 0, 0);
+        if pid == 0 {
+            serve(&all, &mut polled, &keep, own);
+        }
+        if pid < 0 {
+            let failed = torpor_kernel::Error::last("clone", "");
+            return Err(Error::kernel(Pid::this(), "starting the process that keeps the watches")(failed));
+        }
+    }
+    Ok(())
+}
+
+fn listener(pid: Pid, started: u64) -> Result<OwnedFd, Errno> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+    let address = UnixAddr::new_abstract(&name(pid, started))?;
+    // One that has just given its watches away is about to end.
+    for _ in 0..100 {
+        match bind(socket.as_raw_fd(), &address) {
+            Err(Errno::EADDRINUSE) => std::thread::sleep(Duration::from_millis(10)),
+            bound => {
+                bound?;
+                listen(&socket, Backlog::new(8)?)?;
+                return Ok(socket);
+            }
+        }
+    }
+    Err(Errno::EADDRINUSE)
+}
+
+/// The life of the child.
+///
+/// # Safety
+/// Must be called in a child made for it, whose descriptors nobody else uses.
+unsafe fn serve(all: &[Kept], polled: &mut [libc::pollfd], keep: &[i32], own: u32) -> ! {
+    // SAFETY: system calls on numbers, and on memory that this process has to itself.
+    unsafe {
+        let mut signals: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&raw mut signals);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const signals, std::ptr::null_mut());
+        libc::syscall(libc::SYS_setsid);
+        libc::syscall(libc::SYS_chdir, c"/".as_ptr());
+        libc::syscall(libc::SYS_prctl, libc::PR_SET_NAME, c"torpor-track".as_ptr(), 0, 0, 0);
+        let mut from = 0u32;
+        for fd in keep {
+            let fd = fd.cast_unsigned();
+            if fd > from {
+                libc::syscall(libc::SYS_close_range, from, fd - 1, 0);
+            }
+            from = fd + 1;
+        }
+        libc::syscall(libc::SYS_close_range, from, u32::MAX, 0);
+        let mut left = all.len();
+        while left > 0 {
+            libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1);
+            for i in 0..all.len() {
+                if polled[all.len() + i].revents != 0 {
+                    // It has ended.
+                    polled[all.len() + i].fd = -1;
+                    left -= 1;
+                }
+                if polled[i].revents != 0 && answer(all, polled[i].fd, own) {
+                    left = 0;
+                }
+            }
+        }
+        loop {
+            libc::syscall(libc::SYS_exit_group, 0);
+        }
+    }
+}
+
+/// Answers one question; whether everything was given away by that.
+///
+/// # Safety
+/// As for `serve`.
+unsafe fn answer(all: &[Kept], listener: i32, own: u32) -> bool {
+    // SAFETY: system calls on numbers, and on memory of this function.
+    unsafe {
+        let fd = libc::accept4(listener, std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC);
+        if fd < 0 {
+            return false;
+        }
+        let patience = libc::timeval { tv_sec: PATIENCE.as_secs() as i64, tv_usec: 0 };
+        for option in [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO] {
+            let length = size_of::<libc::timeval>() as libc::socklen_t;
+            libc::setsockopt(fd, libc::SOL_SOCKET, option, (&raw const patience).cast(), length);
+        }
+        let mut peer = libc::ucred { pid: 0, uid: u32::MAX, gid: 0 };
+        let mut length = size_of::<libc::ucred>() as libc::socklen_t;
+        let peer_at = (&raw mut peer).cast();
+        libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_PEERCRED, peer_at, &raw mut length);
+        let mut question = 0u8;
+        let asked = libc::recv(fd, (&raw mut question).cast(), 1, 0) == 1;
+        let allowed = peer.uid == 0 || peer.uid == own;
+        let gives = asked && allowed && question == TAKE;
+        if asked && question == HOLDS {
+            libc::send(fd, (&raw const question).cast(), 1, libc::MSG_NOSIGNAL);
+        } else if gives {
+            for kept in all {
+                pass(fd, kept);
+            }
+        }
+        libc::close(fd);
+        gives
+    }
+}
+
+/// # Safety
+/// As for `serve`.
+unsafe fn pass(to: i32, kept: &Kept) {
+    const ROOM: usize = 64;
+    let mut control = [0u64; ROOM / 8];
+    let mut part =
+        libc::iovec { iov_base: kept.message.as_ptr().cast_mut().cast(), iov_len: kept.message.len() };
+    // SAFETY: an all-zero msghdr is a valid one; its buffers are those of this function and of `kept`, with their
+    // lengths, and the control message fits.
+    unsafe {
+        let mut message: libc::msghdr = std::mem::zeroed();
+        message.msg_iov = &raw mut part;
+        message.msg_iovlen = 1;
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = libc::CMSG_SPACE(size_of::<i32>() as u32) as _;
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        (*header).cmsg_level = libc::SOL_SOCKET;
+        (*header).cmsg_type = libc::SCM_RIGHTS;
+        (*header).cmsg_len = libc::CMSG_LEN(size_of::<i32>() as u32) as _;
+        libc::CMSG_DATA(header).cast::<i32>().write_unaligned(kept.watch.as_fd().as_raw_fd());
+        libc::sendmsg(to, &raw const message, libc::MSG_NOSIGNAL);
+    }
+}
