@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::CommandFactory;
 use clap::error::ErrorKind;
 use serde::Serialize;
-use torpor_dumper::{Destination, ExternalUnix, Options, Rule, Rules, Target, TcpPolicy, Tracking};
+use torpor_dumper::{Destination, ExternalUnix, Frozen, Options, Rule, Rules, Target, TcpPolicy, Tracking};
 use torpor_image::Image;
 use torpor_image::manifest::{Manifest, Times};
 
@@ -148,8 +148,14 @@ pub(crate) fn dump(
         follow(&mut watches, &target, &mut destination, parent.as_ref(), &options)?;
         tracking = Some(watches);
     }
+    let frozen = match &mut tracking {
+        Some(watches) => target.freeze_tracked(watches, &mut destination, &options),
+        None => target.freeze(options.runs_on),
+    };
     options.tracking = tracking.as_ref();
-    let (manifest, held) = held.end(write(&target, destination, afterwards, &options, dir))?;
+    let written = frozen.map_err(anyhow::Error::from);
+    let written = written.and_then(|frozen| write(frozen, destination, afterwards, &options, dir));
+    let (manifest, held) = held.end(written)?;
     if let Some(mut watches) = tracking
         && choices.track
     {
@@ -194,18 +200,14 @@ fn follow(
     Ok(())
 }
 
-/// Freezes, writes, and does what is to be done with the process afterwards.
+/// Writes the image, and does what is to be done with the process afterwards.
 fn write(
-    target: &Target,
+    mut frozen: Frozen,
     destination: Destination,
     afterwards: Afterwards,
     options: &Options<'_>,
     dir: &Path,
 ) -> anyhow::Result<Manifest> {
-    let mut frozen = match options.tracking {
-        Some(watches) => target.freeze_tracked(watches)?,
-        None => target.freeze(options.runs_on)?,
-    };
     if afterwards == Afterwards::Running {
         return Ok(frozen.dump_and_resume(destination, options)?.manifest);
     }

@@ -16,16 +16,16 @@ use torpor_kernel::ids::{Pid, Tid};
 use torpor_kernel::stat;
 use torpor_parasite::script::Outcome;
 
+use crate::areas::Areas;
 use crate::collect::Collector;
 use crate::description::{self, Found};
-use crate::dump::{Destination, Dumped, Options};
+use crate::dump::{Before, Destination, Dumped, Options};
 use crate::error::{Error, Result};
 use crate::freeze::{Frozen, FrozenTree};
 use crate::gadget::Gadgets;
 use crate::hold::Hold;
 use crate::memory::{self, Copied, Space};
 use crate::opened::Opened;
-use crate::restart::Restarts;
 use crate::scratch::{self, Files};
 use crate::stage::Stage;
 use crate::task::{self, Outside, Prepared};
@@ -54,7 +54,7 @@ pub(crate) struct Captured<'s> {
 pub(crate) fn capture<'s>(
     stopped: &mut FrozenTree,
     hold: &mut Option<Hold>,
-    (opened, known, restarts, rings): (&[Opened], &HashMap<Pid, Gadgets>, &Restarts, &io_uring::Watch),
+    (opened, known, before): (&[Opened], &HashMap<Pid, Gadgets>, &Before),
     mut stage: Option<&'s mut Stage>,
     to: Destination,
     options: &Options<'_>,
@@ -66,14 +66,14 @@ pub(crate) fn capture<'s>(
     let mut collector = Collector::new(stopped.root().living(), false);
     (collector.tcp.policy, collector.tcp.runs_on) = (options.tcp, options.runs_on);
     collector.sockets.rules = options.external_unix.to_vec();
-    collector.rings = rings.rings();
+    collector.rings = before.rings.rings();
     collector.members = stopped.processes.iter().map(|p| p.pid().0).collect();
     if let Some(tracking) = options.tracking {
         collector.watched = tracking.watched().flat_map(|p| [p, survey::living(p)]).collect();
     }
     collector.files = Files::new(options.files.clone(), root)?;
     let shares = sharing::collect(&stopped.processes)?;
-    let looks = looks(stopped, opened, &shares)?;
+    let looks = looks(stopped, opened, &shares, &before.areas)?;
     // Descriptors first: through them files can be opened that only a privilege opens by their mappings.
     let (found, outsides): (Vec<_>, Vec<_>) = looks.into_iter().unzip();
     let threads = threads(stopped)?;
@@ -93,7 +93,7 @@ pub(crate) fn capture<'s>(
     let mut prepared = Vec::with_capacity(tables.len());
     for ((process, outside), threads) in stopped.processes.iter().zip(&outsides).zip(threads) {
         collector.turn_to(process.living());
-        prepared.push(task::prepare(&mut collector, process, outside, threads, restarts)?);
+        prepared.push(task::prepare(&mut collector, process, outside, threads, &before.restarts)?);
     }
     // What the survey saw may have changed before the freeze.
     if !collector.refusals.is_empty() {
@@ -166,8 +166,8 @@ pub(crate) fn capture<'s>(
         taken_at,
         times: Times {
             freezing: stopped.freezing.as_nanos() as u64,
-            frozen: (stopped.since.elapsed() + options.tracking.map_or(Duration::ZERO, Tracking::stood)).as_nanos()
-                as u64,
+            frozen: (stopped.since.elapsed() + options.tracking.map_or(Duration::ZERO, Tracking::stood))
+                .as_nanos() as u64,
             memory: (memory + begin.elapsed()).as_nanos() as u64,
         },
         runs_on: options.runs_on,
@@ -175,14 +175,20 @@ pub(crate) fn capture<'s>(
 }
 
 /// What /proc tells of every process: its descriptors, but for a table that is another's, and all else.
-fn looks(stopped: &FrozenTree, opened: &[Opened], shares: &[Shares]) -> Result<Vec<(Vec<Found>, Outside)>> {
+fn looks(
+    stopped: &FrozenTree,
+    opened: &[Opened],
+    shares: &[Shares],
+    areas: &Areas,
+) -> Result<Vec<(Vec<Found>, Outside)>> {
+    let areas = areas.confirmed(opened.iter().map(|o| o.pid));
     let all = stopped.processes.iter().zip(opened).zip(shares);
     let all: Vec<(Pid, &Opened, bool)> = all
         .map(|((process, opened), shares)| (process.pid(), opened, shares.descriptors.is_none()))
         .collect();
     let look = |&(own, opened, table): &(Pid, &Opened, bool)| {
         let found = if table { description::look(opened)? } else { Vec::new() };
-        Ok((found, task::look(own, opened.pid)?))
+        Ok((found, task::look(own, opened.pid, areas.get(&opened.pid).copied())?))
     };
     workers::each(&all, look).into_iter().collect()
 }
@@ -277,7 +283,12 @@ impl Captured<'_> {
     /// Writes what is left to be written and gives the image its name.
     pub(crate) fn finish(mut self, options: &Options<'_>) -> Result<Dumped> {
         let watch = options.watch();
-        let records = self.pages.finish(self.root, self.stage, &mut self.files, &watch)?;
+        let covered: Vec<_> = self
+            .tasks
+            .iter()
+            .map(|t| options.tracking.and_then(|tracking| tracking.covered(Pid(t.pid.0))))
+            .collect();
+        let records = self.pages.finish(self.root, self.stage, &mut self.files, &watch, &covered)?;
         for (task, records) in self.tasks.iter_mut().zip(&records) {
             task.memory.pages = self.writer.add_records(records);
         }

@@ -9,6 +9,7 @@ use torpor_kernel::ids::Pid;
 use torpor_kernel::memory::Memory;
 use torpor_kernel::stat;
 
+use crate::areas::Areas;
 use crate::capture::capture;
 use crate::error::{Error, Result};
 use crate::freeze::{Frozen as Stopped, FrozenTree};
@@ -23,7 +24,7 @@ use crate::survey::{self, Survey};
 use crate::tcp::{self, TcpPolicy};
 use crate::track::Tracking;
 use crate::unix::{self, ExternalUnix};
-use crate::{inotify, io_uring, netlink, pty};
+use crate::{areas, inotify, io_uring, netlink, pty};
 
 /// How often the freeze is put off for programs to take in what a dump would lose: 127 ms in all.
 const MOMENTS: u32 = 7;
@@ -106,9 +107,16 @@ pub struct Frozen {
     /// By process.
     opened: Vec<Opened>,
     gadgets: HashMap<Pid, Gadgets>,
-    restarts: Restarts,
-    rings: io_uring::Watch,
+    before: Before,
     stage: Option<Stage>,
+}
+
+/// What was looked at right before the freeze, because it shows only then or takes a while.
+#[derive(Debug)]
+pub(crate) struct Before {
+    pub(crate) restarts: Restarts,
+    pub(crate) rings: io_uring::Watch,
+    pub(crate) areas: Areas,
 }
 
 /// Whether something is on its way that a dump would lose, and that programs take in at once as a rule.
@@ -147,7 +155,8 @@ impl Target {
         tracking: Option<&Tracking>,
     ) -> Result<Self> {
         let root = Pid(pid);
-        let watched = tracking.map(|t| t.watched().flat_map(|p| [p, survey::living(p)]).collect()).unwrap_or_default();
+        let watched =
+            tracking.map(|t| t.watched().flat_map(|p| [p, survey::living(p)]).collect()).unwrap_or_default();
         let (survey, maps) = survey::survey(root, tcp, external_unix, &watched)?;
         if !survey.refusals.is_empty() {
             return Err(Error::Refused { pid: root, refusals: survey.refusals });
@@ -196,12 +205,18 @@ impl Target {
     /// would lose, or has not mapped its libc yet. `runs_on` tells whether it shall do so after the dump; it is as well
     /// to stand for a shorter time then, at the price of more memory for us.
     pub fn freeze(&self, runs_on: bool) -> Result<Frozen> {
-        self.freeze_with(Stage::for_bytes(self.anonymous, runs_on))
+        self.freeze_with(Stage::for_bytes(self.anonymous, runs_on), || Ok(()))
     }
 
     /// The same for a tree that was followed: little of it is left to be copied.
-    pub fn freeze_tracked(&self, tracking: &Tracking) -> Result<Frozen> {
-        self.freeze_with(Stage::for_bytes(tracking.expected().min(self.anonymous), true))
+    pub fn freeze_tracked(
+        &self,
+        tracking: &mut Tracking,
+        to: &mut Destination,
+        options: &Options<'_>,
+    ) -> Result<Frozen> {
+        let stage = Stage::for_bytes(tracking.expected().min(self.anonymous), true);
+        self.freeze_with(stage, || tracking.catch_up(to, options))
     }
 
     /// Stops the tree for a moment, and tells by which code its processes can be entered.
@@ -220,12 +235,18 @@ impl Target {
         Ok((stopped, gadgets))
     }
 
-    fn freeze_with(&self, stage: Option<Stage>) -> Result<Frozen> {
-        let restarts = Restarts::look(self.survey.processes.iter().map(|p| p.pid));
-        let rings = io_uring::Watch::of(&self.survey);
+    /// `last` is done when all else is ready.
+    fn freeze_with(&self, stage: Option<Stage>, last: impl FnOnce() -> Result<()>) -> Result<Frozen> {
+        let pids = || self.survey.processes.iter().map(|p| p.pid);
+        let before = Before {
+            areas: if self.survey.maps_took < areas::SLOW { Areas::default() } else { Areas::read(pids()) },
+            rings: io_uring::Watch::of(&self.survey),
+            restarts: Restarts::look(pids()),
+        };
         let mut known = self.known.clone();
         let mut starts = 0;
         let mut moments = 0;
+        last()?;
         loop {
             let mut stopped = FrozenTree::freeze(self.root)?;
             if stat::of_process(self.root).is_ok_and(|s| s.starttime != self.started) {
@@ -233,7 +254,7 @@ impl Target {
             }
             let pids: Vec<Pid> = stopped.processes.iter().map(Stopped::living).collect();
             let opened = Opened::read_all(&pids)?;
-            if moments < MOMENTS && (busy(&opened) || rings.busy()) {
+            if moments < MOMENTS && (busy(&opened) || before.rings.busy()) {
                 stopped.release();
                 std::thread::sleep(std::time::Duration::from_millis(1 << moments));
                 moments += 1;
@@ -241,7 +262,7 @@ impl Target {
             }
             match self.gadgets_of(&stopped, &mut known) {
                 Ok(gadgets) => {
-                    return Ok(Frozen { hold: None, stopped, opened, gadgets, restarts, rings, stage });
+                    return Ok(Frozen { hold: None, stopped, opened, gadgets, before, stage });
                 }
                 Err(e) if starts == STARTS => return Err(e),
                 // One has executed another program since, which may have mapped no libc yet.
@@ -279,7 +300,7 @@ impl Frozen {
         capture(
             &mut self.stopped,
             &mut self.hold,
-            (&self.opened, &self.gadgets, &self.restarts, &self.rings),
+            (&self.opened, &self.gadgets, &self.before),
             self.stage.as_mut(),
             to,
             options,
@@ -290,8 +311,8 @@ impl Frozen {
     /// Writes an image of the tree, letting it go on as soon as it has been captured: a small one before its
     /// image is written.
     pub fn dump_and_resume(mut self, to: Destination, options: &Options<'_>) -> Result<Dumped> {
-        let Frozen { hold, stopped, opened, gadgets, restarts, rings, stage } = &mut self;
-        let known = (&opened[..], &*gadgets, &*restarts, &*rings);
+        let Frozen { hold, stopped, opened, gadgets, before, stage } = &mut self;
+        let known = (&opened[..], &*gadgets, &*before);
         let captured = capture(stopped, hold, known, stage.as_mut(), to, options)?;
         stopped.release();
         captured.finish(options)

@@ -17,6 +17,7 @@
 
 mod address;
 mod anon;
+mod areas;
 mod capture;
 mod collect;
 mod credentials;

@@ -7,6 +7,7 @@
 
 mod content;
 mod live;
+mod reader;
 mod store;
 
 use std::fs::File;
@@ -15,17 +16,17 @@ use std::os::unix::fs::FileExt;
 use torpor_image::extent::{PAGE, Record, Where};
 use torpor_image::vma::Vma;
 use torpor_image::write::DataFile;
-use torpor_kernel::ids::{Pid, RemoteAddr};
-use torpor_kernel::memory::Memory;
+use torpor_kernel::ids::Pid;
 use torpor_kernel::pagemap::{PageScan, Want};
 
 use crate::error::{Error, Result};
 use crate::stage::Stage;
-use crate::track::runs::{self, Runs};
+use crate::track::runs::{self, Covered, Runs};
 use crate::workers;
 
 pub(crate) use self::content::copy_inode;
 pub(crate) use self::live::copy_live;
+use self::reader::Reader;
 pub(crate) use self::store::slice;
 use self::store::store;
 
@@ -35,6 +36,8 @@ const CHUNK: u64 = 1 << 20;
 /// Memory worth another thread.
 const SHARE: u64 = 2 << 20;
 const MAX_WRITERS: u64 = 8;
+/// Addresses that one thread looks at at a time: a dense GiB takes 3 ms.
+const LOOK: u64 = 256 << 20;
 
 /// Who looks on: is told of bytes copied, and may want it to end.
 pub(crate) struct Watch<'a> {
@@ -59,7 +62,7 @@ pub(crate) struct Space<'a> {
     /// The space it may have been forked from, which stands before it.
     pub(crate) parent: Option<usize>,
     /// What was copied of it before, if its writes are followed ([`crate::track`]): still right where nothing was written.
-    pub(crate) covered: Option<&'a [Record]>,
+    pub(crate) covered: Option<&'a Covered>,
 }
 
 /// A run of memory to be copied.
@@ -90,8 +93,8 @@ enum Pages {
 #[derive(Debug, Default)]
 struct Rest {
     guards: Vec<Record>,
-    /// Pages that were copied before.
-    known: Vec<Record>,
+    /// Where pages are that were copied before.
+    known: Runs,
     parent: Option<usize>,
     /// Runs whose pages it still shares with its parent.
     inherited: Vec<(u64, u64)>,
@@ -145,10 +148,18 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
     let scan = PageScan::open(pid).map_err(Error::kernel(pid, "opening its pagemap"))?;
     let mut runs = Vec::new();
     let mut rest = Rest { parent: space.parent, ..Rest::default() };
-    for (start, end) in joined(space.vmas) {
-        let find = |want| scan.scan(start, end, want).map_err(Error::kernel(pid, "finding its pages"));
-        runs.extend(find(Want::Anonymous)?.into_iter().map(|r| (r.start, r.end)));
-        rest.guards.extend(find(Want::Guard)?.into_iter().map(|r| Record {
+    let parts = parts(&joined(space.vmas));
+    let look = |(start, end): &(u64, u64)| {
+        let find = |want| scan.scan(*start, *end, want).map_err(Error::kernel(pid, "finding its pages"));
+        Ok::<_, Error>((find(Want::Anonymous)?, find(Want::Guard)?))
+    };
+    // A thread is worth more than a small space takes.
+    let small = parts.iter().map(|(start, end)| end - start).sum::<u64>() < LOOK;
+    let looks: Vec<_> = if small { parts.iter().map(look).collect() } else { workers::each_of(&parts, look) };
+    for look in looks {
+        let (pages, guards) = look?;
+        runs.extend(pages.into_iter().map(|r| (r.start, r.end)));
+        rest.guards.extend(guards.into_iter().map(|r| Record {
             address: r.start,
             length: r.end - r.start,
             place: Where::Guard,
@@ -156,9 +167,10 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
             offset: 0,
         }));
     }
+    let mut runs = runs::tidy(runs);
     if let Some(covered) = space.covered {
-        rest.known = still_known(&scan, space.vmas, covered, &runs);
-        runs = runs::without(&runs, &runs::of(&rest.known));
+        rest.known = runs::both(&runs, &unwritten(&scan, space.vmas, covered));
+        runs = runs::without(&runs, &rest.known);
     }
     if let Some(parent) = space.parent {
         (rest.inherited, runs) = shared_pages(pid, spaces[parent].pid, &runs)?;
@@ -166,8 +178,8 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
     Ok((runs.into_iter().map(|(start, end)| Run { space: number, start, end }).collect(), rest))
 }
 
-/// What was copied before of pages that are `present`, and was not written since.
-fn still_known(scan: &PageScan, vmas: &[Vma], covered: &[Record], present: &[(u64, u64)]) -> Vec<Record> {
+/// The part of what was copied before that was not written since.
+fn unwritten(scan: &PageScan, vmas: &[Vma], covered: &Covered) -> Runs {
     let mut written = Runs::new();
     for vma in vmas.iter().filter(|v| v.private()) {
         match scan.take_written(vma.start, vma.end) {
@@ -176,7 +188,7 @@ fn still_known(scan: &PageScan, vmas: &[Vma], covered: &[Record], present: &[(u6
             Ok(None) | Err(_) => written.push((vma.start, vma.end)),
         }
     }
-    runs::within(covered, &runs::without(present, &runs::tidy(written)))
+    runs::without(covered.runs(), &runs::tidy(written))
 }
 
 /// Splits `runs` of a process into those whose pages its parent has at the same address as well, and the
@@ -258,57 +270,13 @@ fn read_shares(
     })
 }
 
-/// Reads memory of a stopped process.
-struct Reader {
-    pid: Pid,
-    memory: Memory,
-    pagemap: File,
-}
-
-/// Bits of an entry of /proc/PID/pagemap: present, and of this process alone
-/// (Documentation/admin-guide/mm/pagemap.rst).
-const OWN: u64 = 1 << 63 | 1 << 56;
-
-impl Reader {
-    fn open(pid: Pid) -> Result<Self> {
-        let pagemap = File::open(format!("/proc/{pid}/pagemap")).map_err(|e| {
-            Error::kernel(pid, "opening its pagemap")(torpor_kernel::Error::io("open", "pagemap", &e))
-        })?;
-        let memory = Memory::open(pid, false).map_err(Error::kernel(pid, "opening its memory"))?;
-        Ok(Reader { pid, memory, pagemap })
-    }
-
-    /// Fills `bytes` from `address`, chunk by chunk in the better way for each.
-    fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
-        let mut at = address;
-        for chunk in bytes.chunks_mut(CHUNK as usize) {
-            let read = self.own(at, chunk.len())
-                && torpor_kernel::memory::process_vm_read(self.pid, RemoteAddr(at), chunk)
-                    .is_ok_and(|n| n == chunk.len());
-            if !read {
-                self.memory
-                    .read_exact_at(RemoteAddr(at), chunk)
-                    .map_err(Error::kernel(self.pid, "reading its memory"))?;
-            }
-            at += chunk.len() as u64;
-        }
-        Ok(())
-    }
-
-    /// Whether every page of a range is there and of this process alone.
-    fn own(&self, address: u64, length: usize) -> bool {
-        let mut entries = [0u8; (CHUNK / PAGE * 8) as usize];
-        let entries = &mut entries[..length / PAGE as usize * 8];
-        self.pagemap.read_exact_at(entries, address / PAGE * 8).is_ok()
-            && entries.as_chunks::<8>().0.iter().all(|e| u64::from_ne_bytes(*e) & OWN == OWN)
-    }
-}
-
 fn read_runs(spaces: &[Space<'_>], runs: &[Run], mut room: &mut [u8]) -> Result<()> {
     let mut readers = Readers::new(spaces);
-    for run in runs {
-        let (part, rest) = room.split_at_mut((run.end - run.start) as usize);
-        readers.of(run.space)?.read(run.start, part)?;
+    for runs in runs.chunk_by(|a, b| a.space == b.space) {
+        let bytes: u64 = runs.iter().map(|r| r.end - r.start).sum();
+        let (part, rest) = room.split_at_mut(bytes as usize);
+        let scattered = spaces[runs[0].space].covered.is_some();
+        readers.of(runs[0].space)?.read_runs(runs, part, scattered)?;
         room = rest;
     }
     Ok(())
@@ -342,6 +310,7 @@ impl Copied {
         stage: Option<&Stage>,
         files: &mut [DataFile],
         watch: &Watch<'_>,
+        covered: &[Option<&Covered>],
     ) -> Result<Vec<Vec<Record>>> {
         let own = match (self.pages, stage) {
             (Pages::Written(records), _) => records,
@@ -353,9 +322,9 @@ impl Copied {
             }
         };
         let mut all: Vec<Vec<Record>> = Vec::with_capacity(own.len());
-        for (mut records, rest) in own.into_iter().zip(self.spaces) {
+        for ((mut records, rest), covered) in own.into_iter().zip(self.spaces).zip(covered) {
             records.extend(rest.guards);
-            records.extend(rest.known);
+            records.extend(covered.map(|c| c.within(&rest.known)).unwrap_or_default());
             if let Some(parent) = rest.parent {
                 for (start, end) in rest.inherited {
                     slice(&all[parent], start, end, &mut records);
@@ -438,6 +407,22 @@ fn joined(vmas: &[Vma]) -> Vec<(u64, u64)> {
         match all.last_mut() {
             Some(last) if last.1 == vma.start => last.1 = vma.end,
             _ => all.push((vma.start, vma.end)),
+        }
+    }
+    all
+}
+
+/// Cuts long areas, so that several threads can look at them.
+fn parts(areas: &[(u64, u64)]) -> Runs {
+    let mut all = Runs::new();
+    let total: u64 = areas.iter().map(|(start, end)| end - start).sum();
+    let length = LOOK.max(total / 64).next_multiple_of(LOOK);
+    for &(start, end) in areas {
+        let mut at = start;
+        while at < end {
+            let next = end.min(at + length);
+            all.push((at, next));
+            at = next;
         }
     }
     all

@@ -28,6 +28,8 @@ pub struct Survey {
     pub refusals: Vec<Refusal>,
     /// What a dump would leave out and say so in the manifest.
     pub losses: Vec<String>,
+    /// How long it took to read the memory maps.
+    pub(crate) maps_took: std::time::Duration,
 }
 
 /// One process of a tree.
@@ -168,7 +170,9 @@ fn look(
     };
     tcp::finish(&mut collector)?;
     let (mut processes, mut maps) = (Vec::new(), Vec::new());
+    let begin = std::time::Instant::now();
     let areas = workers::each(&found.living, |(pid, _)| vma::read(living(*pid)));
+    let maps_took = begin.elapsed();
     for (i, ((pid, status), area)) in found.living.iter().zip(areas).enumerate() {
         collector.turn_to(living(*pid));
         let (before, lost) = (collector.refusals.len(), collector.losses.len());
@@ -207,7 +211,7 @@ fn look(
     let ipc = sysv::names(&collector);
     let Collector { mut refusals, losses, .. } = collector;
     refusals.extend(vforks);
-    Ok((Survey { processes, zombies: found.zombies, ipc, refusals, losses }, maps))
+    Ok((Survey { processes, zombies: found.zombies, ipc, refusals, losses, maps_took }, maps))
 }
 
 /// What is asked of a process besides its descriptors: the count of its areas, and its map.

@@ -21,7 +21,7 @@ use crate::freeze::Frozen;
 use crate::gadget::Gadgets;
 use crate::inject::{self, Before, Entry, Visit};
 use crate::restart::Restarts;
-use crate::{signal, sysv_sem, terminal, thread, timer, vma};
+use crate::{areas, signal, sysv_sem, terminal, thread, timer};
 
 /// prctl(2) operations (linux/prctl.h).
 const PR_GET_DUMPABLE: u64 = 3;
@@ -113,12 +113,12 @@ impl Outside {
     }
 }
 
-/// Reads all of it, of process `own_pid` by way of its thread `pid`.
-pub(crate) fn look(own_pid: Pid, pid: Pid) -> Result<Outside> {
+/// Reads all of it, of process `own_pid` by way of its thread `pid`; `areas` is its memory map, if that is known.
+pub(crate) fn look(own_pid: Pid, pid: Pid, areas: Option<&[Mapping]>) -> Result<Outside> {
     let fail = |what: &str| Error::kernel(pid, format!("reading {what}"));
     let stat = stat::of_process(own_pid).map_err(fail("its stat"))?;
     Ok(Outside {
-        maps: vma::read(pid)?,
+        maps: areas::of(pid, areas)?,
         living: if own_pid == pid {
             stat.clone()
         } else {

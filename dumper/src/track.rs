@@ -31,6 +31,7 @@ use torpor_kernel::write_watch::WriteWatch;
 use torpor_kernel::{abi, stat};
 use torpor_parasite::script::{Script, Value};
 
+use self::runs::Covered;
 use crate::dump::{Destination, Options, Target};
 use crate::error::{Error, Result};
 use crate::freeze::{Frozen, FrozenTree};
@@ -50,7 +51,7 @@ pub struct Tracking {
     /// Identity of the image since which all writes are known.
     base: Option<String>,
     /// What is known of the pages of each process, in the terms of the image that is being written.
-    covered: HashMap<Pid, Vec<Record>>,
+    covered: HashMap<Pid, Covered>,
     /// Bytes that are likely to be copied when the tree stands.
     expected: u64,
     /// How long the tree stood for the watches to be made.
@@ -88,8 +89,8 @@ impl Tracking {
     }
 
     /// What is known of the pages of a process.
-    pub(crate) fn covered(&self, pid: Pid) -> Option<&[Record]> {
-        self.watches(pid).then(|| self.covered.get(&pid).map_or(&[][..], Vec::as_slice))
+    pub(crate) fn covered(&self, pid: Pid) -> Option<&Covered> {
+        self.covered.get(&pid).filter(|_| self.watches(pid))
     }
 
     /// Bytes that are likely to be copied when the tree stands.
@@ -184,11 +185,16 @@ impl Tracking {
                         Where::Zero => Some(*r),
                         Where::Guard => None,
                     });
-                    self.covered.insert(Pid(task.pid.0), borrowed.collect());
+                    self.covered.insert(Pid(task.pid.0), Covered::new(borrowed.collect()));
                 }
             }
         }
         rounds::run(self, &mut to.files, &options.watch())
+    }
+
+    /// Copies once more what has changed since `follow`.
+    pub(crate) fn catch_up(&mut self, to: &mut Destination, options: &Options<'_>) -> Result<()> {
+        rounds::once(self, &mut to.files, &options.watch())
     }
 
     /// A complete image has everything that was written until now.
@@ -244,8 +250,7 @@ impl Way {
     }
 
     fn visit<'a>(&'a self, frozen: &'a mut Frozen, gadgets: Gadgets) -> Visit<'a> {
-        let entry =
-            Entry { maps: &self.maps, gadgets, taken_signals: self.taken, own_tgid: self.own_tgid };
+        let entry = Entry { maps: &self.maps, gadgets, taken_signals: self.taken, own_tgid: self.own_tgid };
         Visit {
             frozen,
             memory: &self.memory,

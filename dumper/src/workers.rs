@@ -11,7 +11,16 @@ const WORTH: usize = 4;
 /// `work` for every item, by as many threads as are worth it and there are processors for, this one among them. The
 /// results have the order of the items.
 pub(crate) fn each<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
-    let threads = (items.len() / WORTH).min(MOST);
+    by(items.len() / WORTH, items, work)
+}
+
+/// The same for items of which each is worth a thread.
+pub(crate) fn each_of<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    by(items.len(), items, work)
+}
+
+fn by<T: Sync, R: Send>(threads: usize, items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let threads = threads.min(MOST);
     let threads = match threads {
         0 | 1 => 1,
         _ => std::thread::available_parallelism().map_or(1, |n| n.get().min(threads)),

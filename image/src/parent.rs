@@ -70,13 +70,11 @@ impl Borrowing {
         }
         let mut borrowing = Borrowing { ancestors, borrowed: Vec::new(), numbers: Vec::new() };
         for (number, file) in parent.data_files() {
-            borrowing.add(first, number, Borrowed {
-                number: 0,
-                ancestor: 0,
-                original: number,
-                size: file.size,
-                crc32c: file.crc32c,
-            });
+            borrowing.add(
+                first,
+                number,
+                Borrowed { number: 0, ancestor: 0, original: number, size: file.size, crc32c: file.crc32c },
+            );
         }
         for theirs in &parent.manifest.borrowed {
             borrowing.add(first, theirs.number, Borrowed { ancestor: theirs.ancestor + 1, ..theirs.clone() });

@@ -152,9 +152,7 @@ impl Image {
             let file = open(dir, &name)?;
             let (mut crc, mut at) = (0, 0);
             loop {
-                let n = file
-                    .read_at(&mut buffer, at)
-                    .map_err(Error::file("read", dir.join(&name)))?;
+                let n = file.read_at(&mut buffer, at).map_err(Error::file("read", dir.join(&name)))?;
                 if n == 0 {
                     break;
                 }

@@ -20,6 +20,7 @@ pub mod igmp;
 pub mod io_uring;
 pub mod maps;
 pub mod memory;
+pub mod mm_seq;
 pub mod mountinfo;
 pub mod mqueue;
 pub mod netlink;

@@ -6,6 +6,7 @@
 //! copy-on-write sharing page by page: for small pieces only.
 
 use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
@@ -18,6 +19,12 @@ use crate::{Error, Pid, RemoteAddr, Result};
 pub struct Memory {
     pid: Pid,
     file: File,
+}
+
+impl AsFd for Memory {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
 }
 
 impl Memory {
@@ -88,6 +95,26 @@ impl Memory {
     fn object(&self, at: RemoteAddr) -> String {
         format!("/proc/{}/mem at {at}", self.pid)
     }
+}
+
+/// Reads scattered pieces, one behind the other, with one process_vm_readv(2) for at most 1,024 of them; how many bytes,
+/// which is fewer than asked where one is not mapped.
+pub fn process_vm_read_pieces(pid: Pid, pieces: &[(RemoteAddr, usize)], buffer: &mut [u8]) -> Result<usize> {
+    let local = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    let remote: Vec<libc::iovec> = pieces
+        .iter()
+        .map(|(at, len)| libc::iovec {
+            iov_base: std::ptr::without_provenance_mut(at.0 as usize),
+            iov_len: *len,
+        })
+        .collect();
+    // SAFETY: `local` is our own buffer, exclusively borrowed; the remote addresses are checked by the kernel.
+    let got = unsafe {
+        let count = remote.len() as libc::c_ulong;
+        libc::process_vm_readv(pid.0, &raw const local, 1, remote.as_ptr(), count, 0)
+    };
+    let got = check(got as libc::c_long, "process_vm_readv", pid)?;
+    Ok(usize::try_from(got).unwrap_or(0))
 }
 
 /// Reads with process_vm_readv(2); how many bytes, which is fewer than asked where the mapping ends.

@@ -35,12 +35,8 @@ impl WriteWatch {
     /// Watches an area. Pages that are there count as written. `EBUSY`: another userfaultfd has it; `EINVAL`: memory of a
     /// kind that cannot be watched; `ESRCH`: the memory is gone.
     pub fn register(&self, start: u64, end: u64) -> Result<()> {
-        let mut area = abi::uffdio_register {
-            start,
-            len: end - start,
-            mode: abi::UFFDIO_REGISTER_MODE_WP,
-            ioctls: 0,
-        };
+        let mut area =
+            abi::uffdio_register { start, len: end - start, mode: abi::UFFDIO_REGISTER_MODE_WP, ioctls: 0 };
         // SAFETY: `area` is the structure of this ioctl.
         let done = unsafe { libc::ioctl(self.0.as_raw_fd(), abi::UFFDIO_REGISTER as _, &raw mut area) };
         check(done.into(), "UFFDIO_REGISTER", format!("{start:x}-{end:x}"))?;

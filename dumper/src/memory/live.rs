@@ -5,8 +5,9 @@ use torpor_image::extent::Record;
 use torpor_image::write::DataFile;
 use torpor_kernel::ids::Pid;
 
-use super::store::store;
-use super::{CHUNK, Reader, Run, Watch, split, writers};
+use super::reader::{Reader, batches};
+use super::store::{store, store_pieces};
+use super::{CHUNK, Run, Watch, split, writers};
 use crate::error::Result;
 use crate::track::runs::Runs;
 
@@ -52,18 +53,27 @@ fn copy_share(
         // It may have ended.
         let Ok(reader) = Reader::open(wanted[space].0) else { continue };
         let mut records = Vec::new();
-        for run in runs {
-            let mut at = run.start;
-            while at < run.end {
-                let length = (run.end - at).min(CHUNK);
-                let bytes = &mut buffer[..length as usize];
-                // What is not there any more is not needed either.
-                if reader.read(at, bytes).is_ok() {
-                    store(&mut records, at, bytes, file)?;
+        for batch in batches(runs) {
+            if let [run] = batch {
+                let mut at = run.start;
+                while at < run.end {
+                    let length = (run.end - at).min(CHUNK);
+                    let bytes = &mut buffer[..length as usize];
+                    // What is not there any more is not needed either.
+                    if reader.read(at, bytes).is_ok() {
+                        store(&mut records, at, bytes, file)?;
+                    }
+                    watch.copied(reader.pid, length)?;
+                    at += length;
                 }
-                watch.copied(reader.pid, length)?;
-                at += length;
+                continue;
             }
+            let length: u64 = batch.iter().map(|r| r.end - r.start).sum();
+            let bytes = &mut buffer[..length as usize];
+            if reader.read_runs(batch, bytes, true).is_ok() {
+                store_pieces(&mut records, batch.iter().map(|r| (r.start, r.end)), bytes, file)?;
+            }
+            watch.copied(reader.pid, length)?;
         }
         all.push((space, records));
     }

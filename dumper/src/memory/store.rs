@@ -34,6 +34,40 @@ pub(super) fn store(
     Ok(())
 }
 
+/// The same for pieces of whole pages, `bytes` being one behind the other: what lies side by side is written at once.
+pub(super) fn store_pieces(
+    records: &mut Vec<Record>,
+    pieces: impl Iterator<Item = (u64, u64)>,
+    bytes: &[u8],
+    file: &mut DataFile,
+) -> Result<()> {
+    let page = PAGE as usize;
+    let mut addresses = pieces.flat_map(|(start, end)| (start..end).step_by(page));
+    let mut at = 0;
+    while at < bytes.len() {
+        let zero = is_zero(&bytes[at..at + page]);
+        let mut end = at + page;
+        while end < bytes.len() && is_zero(&bytes[end..end + page]) == zero {
+            end += page;
+        }
+        let offset = if zero { 0 } else { file.append(&bytes[at..end])? };
+        for (i, address) in addresses.by_ref().take((end - at) / page).enumerate() {
+            push(
+                records,
+                Record {
+                    address,
+                    length: PAGE,
+                    place: if zero { Where::Zero } else { Where::Data },
+                    file: if zero { 0 } else { file.number() },
+                    offset: if zero { 0 } else { offset + i as u64 * PAGE },
+                },
+            );
+        }
+        at = end;
+    }
+    Ok(())
+}
+
 /// Adds a record, or lengthens the last one that it continues.
 fn push(records: &mut Vec<Record>, record: Record) {
     if let Some(last) = records.last_mut() {

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, send, setsockopt,
-    socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, send,
+    setsockopt, socket, sockopt,
 };
 use torpor_kernel::ids::Pid;
 use torpor_kernel::write_watch::WriteWatch;
@@ -73,7 +73,8 @@ fn ask(pid: Pid, question: u8) -> Option<OwnedFd> {
     if ![0, own, owner].contains(&peer.uid()) {
         return None;
     }
-    let patience = nix::sys::time::TimeVal::from(libc::timeval { tv_sec: PATIENCE.as_secs() as i64, tv_usec: 0 });
+    let patience =
+        nix::sys::time::TimeVal::from(libc::timeval { tv_sec: PATIENCE.as_secs() as i64, tv_usec: 0 });
     setsockopt(&socket, sockopt::ReceiveTimeout, &patience).ok()?;
     send(socket.as_raw_fd(), &[question], nix::sys::socket::MsgFlags::MSG_NOSIGNAL).ok()?;
     Some(socket)

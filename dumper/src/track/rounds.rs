@@ -1,6 +1,5 @@
 //! Copying a running tree, over and over, until little of it is still to be copied when it stands.
 
-use torpor_image::extent::Record;
 use torpor_image::write::DataFile;
 use torpor_kernel::ids::Pid;
 use torpor_kernel::maps::{Kind, Mapping};
@@ -45,6 +44,11 @@ pub(super) fn run(tracking: &mut Tracking, files: &mut [DataFile], watch: &Watch
     Ok(())
 }
 
+/// Goes round once.
+pub(super) fn once(tracking: &mut Tracking, files: &mut [DataFile], watch: &Watch<'_>) -> Result<()> {
+    round(tracking, files, watch).map(drop)
+}
+
 /// One look at all processes; gives the bytes that were copied, and those in areas that cannot be watched.
 fn round(tracking: &mut Tracking, files: &mut [DataFile], watch: &Watch<'_>) -> Result<(u64, u64)> {
     let pids: Vec<Pid> = tracking.watched().collect();
@@ -55,20 +59,17 @@ fn round(tracking: &mut Tracking, files: &mut [DataFile], watch: &Watch<'_>) -> 
     });
     let mut wanted = Vec::new();
     let (mut bytes, mut unwatched) = (0, 0);
+    let mut written = Vec::new();
     for (pid, look) in pids.iter().zip(looks) {
-        let covered = tracking.covered.entry(*pid).or_default();
-        *covered = runs::outside(covered, &look.written);
         bytes += look.wanted.iter().map(|(start, end)| end - start).sum::<u64>();
         unwatched += look.unwatched;
         wanted.push((living(*pid), look.wanted));
+        written.push(look.written);
     }
     let copied = memory::copy_live(&wanted, files, watch)?;
-    for (pid, records) in pids.iter().zip(copied) {
+    for ((pid, written), records) in pids.iter().zip(written).zip(copied) {
         let covered = tracking.covered.entry(*pid).or_default();
-        let mut all: Vec<Record> = std::mem::take(covered);
-        all.extend(records);
-        all.sort_unstable_by_key(|r| r.address);
-        *covered = all;
+        *covered = std::mem::take(covered).renew(&written, records);
     }
     Ok((bytes, unwatched))
 }

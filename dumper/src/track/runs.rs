@@ -59,7 +59,7 @@ pub(crate) fn without(a: &[(u64, u64)], b: &[(u64, u64)]) -> Runs {
 }
 
 /// Where records are.
-pub(crate) fn of(records: &[Record]) -> Runs {
+fn of(records: &[Record]) -> Runs {
     let mut all: Runs = Vec::with_capacity(records.len());
     for r in records {
         match all.last_mut() {
@@ -70,8 +70,39 @@ pub(crate) fn of(records: &[Record]) -> Runs {
     all
 }
 
+/// What is known of a space: records, and where they are.
+#[derive(Debug, Default)]
+pub(crate) struct Covered {
+    records: Vec<Record>,
+    runs: Runs,
+}
+
+impl Covered {
+    /// Of records in order of their addresses.
+    pub(crate) fn new(records: Vec<Record>) -> Self {
+        Covered { runs: of(&records), records }
+    }
+
+    pub(crate) fn runs(&self) -> &[(u64, u64)] {
+        &self.runs
+    }
+
+    /// The records of a part.
+    pub(crate) fn within(&self, runs: &[(u64, u64)]) -> Vec<Record> {
+        within(&self.records, runs)
+    }
+
+    /// All but what lies in `gone`, and what is `new`, which lies nowhere else.
+    pub(crate) fn renew(self, gone: &[(u64, u64)], new: Vec<Record>) -> Self {
+        let mut records = outside(&self.records, gone);
+        records.extend(new);
+        records.sort_unstable_by_key(|r| r.address);
+        Self::new(records)
+    }
+}
+
 /// The parts of sorted records that lie in `runs`.
-pub(crate) fn within(records: &[Record], runs: &[(u64, u64)]) -> Vec<Record> {
+fn within(records: &[Record], runs: &[(u64, u64)]) -> Vec<Record> {
     let mut all = Vec::new();
     for (start, end) in both(&of(records), runs) {
         slice(records, start, end, &mut all);
@@ -80,7 +111,7 @@ pub(crate) fn within(records: &[Record], runs: &[(u64, u64)]) -> Vec<Record> {
 }
 
 /// The parts of sorted records that lie elsewhere.
-pub(crate) fn outside(records: &[Record], runs: &[(u64, u64)]) -> Vec<Record> {
+fn outside(records: &[Record], runs: &[(u64, u64)]) -> Vec<Record> {
     let mut all = Vec::new();
     for (start, end) in without(&of(records), runs) {
         slice(records, start, end, &mut all);

@@ -1,0 +1,71 @@
+//! Memory maps that are read before the freeze and, where nothing has changed, hold in it.
+//!
+//! What smaps tells of a large process takes milliseconds ([`torpor_kernel::mm_seq`]). Where that is so, it is read while
+//! the process still runs, with the count of changes before it; in the freeze the count is looked at again and, if it
+//! is the same, only `maps` is read, for the names of files.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use torpor_kernel::ids::Pid;
+use torpor_kernel::maps::Mapping;
+use torpor_kernel::memory::Memory;
+use torpor_kernel::mm_seq::{Look, State};
+
+use crate::error::{Error, Result};
+use crate::survey::living;
+use crate::{vma, workers};
+
+/// Reading all maps may take this long before it is worth being done twice.
+pub(crate) const SLOW: Duration = Duration::from_millis(2);
+
+/// Maps of running processes, by the threads they were read by.
+#[derive(Debug, Default)]
+pub(crate) struct Areas {
+    look: Option<Look>,
+    known: HashMap<Pid, (State, Vec<Mapping>)>,
+}
+
+impl Areas {
+    /// Reads those of running processes; none where it cannot be told whether they change.
+    pub(crate) fn read(pids: impl Iterator<Item = Pid>) -> Self {
+        let Ok(look) = Look::open() else { return Areas::default() };
+        let mut areas = Areas { look: Some(look), known: HashMap::new() };
+        let pids: Vec<(Pid, State)> =
+            pids.map(living).filter_map(|pid| Some((pid, areas.state(pid)?))).collect();
+        let maps = workers::each(&pids, |(pid, _)| vma::read(*pid));
+        let all = pids.into_iter().zip(maps);
+        areas.known = all.filter_map(|((pid, state), maps)| Some((pid, (state, maps.ok()?)))).collect();
+        areas
+    }
+
+    fn state(&self, pid: Pid) -> Option<State> {
+        let mem = Memory::open(pid, false).ok()?;
+        self.look.as_ref()?.state(mem.as_fd()).ok()
+    }
+
+    /// Those of stopped processes that still hold.
+    pub(crate) fn confirmed(&self, pids: impl Iterator<Item = Pid>) -> HashMap<Pid, &[Mapping]> {
+        let holds = |pid: Pid| {
+            let (before, maps) = self.known.get(&pid)?;
+            (self.state(pid)? == *before).then_some((pid, maps.as_slice()))
+        };
+        pids.filter_map(holds).collect()
+    }
+}
+
+/// The map of a stopped process, of which `known` may still hold.
+pub(crate) fn of(pid: Pid, known: Option<&[Mapping]>) -> Result<Vec<Mapping>> {
+    let Some(known) = known else { return vma::read(pid) };
+    let mut maps = torpor_kernel::maps::maps(pid).map_err(Error::kernel(pid, "reading its memory map"))?;
+    let same = |a: &Mapping, b: &Mapping| (a.start, a.end) == (b.start, b.end);
+    if maps.len() != known.len() || !maps.iter().zip(known).all(|(a, b)| same(a, b)) {
+        return vma::read(pid);
+    }
+    for (map, known) in maps.iter_mut().zip(known) {
+        map.flags = known.flags.clone();
+        (map.pkey, map.page_kb) = (known.pkey, known.page_kb);
+    }
+    Ok(maps)
+}
