@@ -79,6 +79,8 @@ pub struct Target {
     started: u64,
     /// Bytes of anonymous memory, about as many as there are to be copied.
     anonymous: u64,
+    /// How long it took to read the memory maps.
+    maps_took: std::time::Duration,
 }
 
 /// Where an image goes: a directory, checked and prepared while the process still runs.
@@ -164,7 +166,7 @@ impl Target {
         let mut known = Known::default();
         let mut gadgets = HashMap::new();
         let mut anonymous = 0;
-        for (pid, maps) in &maps {
+        for (pid, maps) in &maps.all {
             anonymous += maps.iter().map(|m| (m.anonymous_kb + m.swap_kb) * 1024).sum::<u64>();
             match Self::enter(&mut known, *pid, maps) {
                 Ok(found) => {
@@ -176,7 +178,7 @@ impl Target {
             }
         }
         let started = stat::of_process(root).map_err(Error::kernel(root, "reading its stat"))?.starttime;
-        Ok(Target { root, gadgets, known, survey, started, anonymous })
+        Ok(Target { root, gadgets, known, survey, started, anonymous, maps_took: maps.took })
     }
 
     fn enter(known: &mut Known, pid: Pid, maps: &[torpor_kernel::maps::Mapping]) -> Result<Gadgets> {
@@ -239,7 +241,7 @@ impl Target {
     fn freeze_with(&self, stage: Option<Stage>, last: impl FnOnce() -> Result<()>) -> Result<Frozen> {
         let pids = || self.survey.processes.iter().map(|p| p.pid);
         let before = Before {
-            areas: if self.survey.maps_took < areas::SLOW { Areas::default() } else { Areas::read(pids()) },
+            areas: if self.maps_took < areas::SLOW { Areas::default() } else { Areas::read(pids()) },
             rings: io_uring::Watch::of(&self.survey),
             restarts: Restarts::look(pids()),
         };

@@ -28,8 +28,6 @@ pub struct Survey {
     pub refusals: Vec<Refusal>,
     /// What a dump would leave out and say so in the manifest.
     pub losses: Vec<String>,
-    /// How long it took to read the memory maps.
-    pub(crate) maps_took: std::time::Duration,
 }
 
 /// One process of a tree.
@@ -82,7 +80,12 @@ impl Survey {
 }
 
 /// The memory map of every process.
-pub(crate) type Maps = Vec<(Pid, Vec<Mapping>)>;
+#[derive(Debug)]
+pub(crate) struct Maps {
+    pub(crate) all: Vec<(Pid, Vec<Mapping>)>,
+    /// How long it took to read them.
+    pub(crate) took: std::time::Duration,
+}
 
 /// How often a running tree is looked at before a refusal is believed: what is seen of processes that come and
 /// go need not fit together.
@@ -172,7 +175,7 @@ fn look(
     let (mut processes, mut maps) = (Vec::new(), Vec::new());
     let begin = std::time::Instant::now();
     let areas = workers::each(&found.living, |(pid, _)| vma::read(living(*pid)));
-    let maps_took = begin.elapsed();
+    let took = begin.elapsed();
     for (i, ((pid, status), area)) in found.living.iter().zip(areas).enumerate() {
         collector.turn_to(living(*pid));
         let (before, lost) = (collector.refusals.len(), collector.losses.len());
@@ -211,7 +214,7 @@ fn look(
     let ipc = sysv::names(&collector);
     let Collector { mut refusals, losses, .. } = collector;
     refusals.extend(vforks);
-    Ok((Survey { processes, zombies: found.zombies, ipc, refusals, losses, maps_took }, maps))
+    Ok((Survey { processes, zombies: found.zombies, ipc, refusals, losses }, Maps { all: maps, took }))
 }
 
 /// What is asked of a process besides its descriptors: the count of its areas, and its map.

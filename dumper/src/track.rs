@@ -111,7 +111,8 @@ impl Tracking {
         };
         self.trackers.retain(|pid, tracker| known(*pid, tracker));
         self.stood = Duration::ZERO;
-        if target.survey().processes.iter().all(|p| self.watches(p.pid)) {
+        // Without such a thing there is nothing to stop for.
+        if available().is_err() || target.survey().processes.iter().all(|p| self.watches(p.pid)) {
             return Ok(());
         }
         let restarts = Restarts::look(target.survey().processes.iter().map(|p| p.pid));
@@ -263,7 +264,7 @@ impl Way {
 }
 
 /// Whether writes can be watched on this kernel at all, by doing.
-pub fn available() -> Result<(), Errno> {
+fn available() -> Result<(), Errno> {
     use std::os::fd::FromRawFd;
     // SAFETY: takes a number, gives a descriptor that is ours.
     let fd = unsafe {

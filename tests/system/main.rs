@@ -15,6 +15,7 @@ mod pty;
 mod refusals;
 mod state;
 mod terminal;
+mod track;
 mod tree;
 mod unix;
 
@@ -31,6 +32,7 @@ fn main() {
     trials.extend(ipc::trials());
     trials.extend(terminal::trials());
     trials.extend(connections::trials());
+    trials.extend(track::trials());
     trials.extend(tree::trials());
     trials.extend(unix::trials());
     trials.extend(refusals::trials());

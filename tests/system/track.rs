@@ -1,0 +1,185 @@
+//! Dumps that build on others: what was written in between is in them, whatever happens to torpor.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use libtest_mimic::Trial;
+use torpor_tests::{Outcome, Victim, ensure, run_torpor, torpor_command};
+
+/// Exit codes (docs/exit-codes.md).
+const DAMAGED: i32 = 6;
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        Trial::test("track: a chain of five dumps", || Ok(chain(&["24", "100"])?)),
+        Trial::test("track: the chain of a tree", || Ok(tree()?)),
+        Trial::test("track: dumps that are killed forget nothing", || Ok(killed()?)),
+        Trial::test("track: a dump without --track leaves the watch alone", || Ok(beside()?)),
+        Trial::test("track: nothing is left of a watch that ends", || Ok(traceless()?)),
+        Trial::test("track: parents that are missing or altered are named", || Ok(lost_parent()?)),
+    ]
+}
+
+fn path(path: &Path) -> Outcome<&str> {
+    Ok(path.to_str().ok_or("a path")?)
+}
+
+/// A dump that follows what is written, on top of another.
+fn follow(victim: &mut Victim, parent: Option<&Path>) -> Outcome<PathBuf> {
+    let mut options = vec!["--track"];
+    if let Some(parent) = parent {
+        options.extend(["--parent", path(parent)?]);
+    }
+    victim.dump_with(&options)
+}
+
+/// Writes in the image's own data files.
+fn own_bytes(image: &Path) -> Outcome<u64> {
+    let image = torpor_image::Image::open(image).map_err(|e| e.to_string())?;
+    Ok(image.data_files().map(|(_, file)| file.size).sum())
+}
+
+fn restore(victim: &mut Victim, image: &Path) -> Outcome {
+    // The victim has gone on writing its log.
+    victim.restore_with(&["--accept-changed"], image)
+}
+
+fn chain(args: &[&str]) -> Outcome {
+    let mut victim = Victim::start("written", args)?;
+    let mut images: Vec<PathBuf> = Vec::new();
+    for _ in 0..5 {
+        images.push(follow(&mut victim, images.last().map(PathBuf::as_path))?);
+        victim.ticks(3)?;
+    }
+    let parent = images[4].clone();
+    images.push(victim.dump_with(&["--parent", path(&parent)?])?);
+    victim.reap_all(&images[5])?;
+    let first = own_bytes(&images[0])?;
+    for image in &images {
+        let said = run_torpor(&["verify", path(image)?])?;
+        said.expect(0)?;
+    }
+    ensure!(own_bytes(&images[5])? < first, "the last dump has as much in it as the first");
+    for image in [&images[5], &images[2], &images[5]] {
+        restore(&mut victim, image)?;
+        victim.ticks(8)?;
+        victim.kill();
+    }
+    Ok(())
+}
+
+fn tree() -> Outcome {
+    let mut victim = Victim::start("cow", &[])?;
+    let mut parent = follow(&mut victim, None)?;
+    for _ in 0..3 {
+        victim.ticks(2)?;
+        parent = follow(&mut victim, Some(&parent))?;
+    }
+    victim.ticks(1)?;
+    let last = victim.dump_with(&["--parent", path(&parent)?])?;
+    victim.reap_all(&last)?;
+    for _ in 0..2 {
+        restore(&mut victim, &last)?;
+        victim.ticks(4)?;
+        victim.kill();
+    }
+    Ok(())
+}
+
+fn killed() -> Outcome {
+    let mut victim = Victim::start("written", &["16", "60"])?;
+    let mut parent = follow(&mut victim, None)?;
+    let pid = victim.pid.to_string();
+    for round in 0..12u64 {
+        let image = victim.image();
+        let mut dump = torpor_command(&["dump", "--track", "--parent", path(&parent)?, &pid, path(&image)?])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|e| e.to_string())?;
+        std::thread::sleep(Duration::from_millis(3 + round * 7 % 60));
+        dump.kill().and_then(|()| dump.wait()).map_err(|e| e.to_string())?;
+        victim.ticks(2).map_err(|e| format!("after kill {round}: {e}"))?;
+        // On what was there before, or on one that was complete already.
+        if image.join("manifest.tpr").exists() {
+            parent = image;
+        }
+        parent = follow(&mut victim, Some(&parent))?;
+        victim.ticks(1)?;
+    }
+    let last = victim.dump_with(&["--parent", path(&parent)?])?;
+    victim.reap_all(&last)?;
+    restore(&mut victim, &last)?;
+    victim.ticks(8)
+}
+
+fn beside() -> Outcome {
+    let mut victim = Victim::start("written", &["8", "40"])?;
+    let first = follow(&mut victim, None)?;
+    victim.ticks(2)?;
+    let whole = victim.dump_with(&["--leave-running"])?;
+    victim.ticks(2)?;
+    let said = run_torpor(&["check", &victim.pid.to_string()])?;
+    said.expect(0)?;
+    let second = victim.image();
+    let pid = victim.pid.to_string();
+    let said = run_torpor(&["dump", "--parent", path(&first)?, &pid, path(&second)?])?;
+    let said = said.expect(0)?;
+    ensure!(!said.contains("everything counts as changed"), "the watch was lost: {said}");
+    victim.reap_all(&second)?;
+    for image in [&second, &whole] {
+        restore(&mut victim, image)?;
+        victim.ticks(8)?;
+        victim.kill();
+    }
+    Ok(())
+}
+
+fn traceless() -> Outcome {
+    let mut victim = Victim::start("written", &["8", "40"])?;
+    let watched = |victim: &Victim| {
+        let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", victim.pid)).unwrap_or_default();
+        smaps.lines().any(|l| l.starts_with("VmFlags:") && l.contains(" uw"))
+    };
+    let descriptors = |victim: &Victim| {
+        let all = std::fs::read_dir(format!("/proc/{}/fd", victim.pid)).map_err(|e| e.to_string())?;
+        Ok::<usize, String>(all.count())
+    };
+    let before = descriptors(&victim)?;
+    let first = follow(&mut victim, None)?;
+    ensure!(watched(&victim), "nothing is watched");
+    ensure!(descriptors(&victim)? == before, "it has another number of descriptors");
+    victim.dump_with(&["--leave-running", "--parent", path(&first)?])?;
+    ensure!(!watched(&victim), "something is still watched");
+    ensure!(descriptors(&victim)? == before, "it has another number of descriptors");
+    victim.ticks(4)
+}
+
+fn lost_parent() -> Outcome {
+    let mut victim = Victim::start("written", &["8", "40"])?;
+    let first = follow(&mut victim, None)?;
+    victim.ticks(2)?;
+    let second = victim.dump_with(&["--parent", path(&first)?])?;
+    victim.reap_all(&second)?;
+    let refused = |word: &str| -> Outcome {
+        let said = run_torpor(&["restore", "--detach", path(&second)?])?.expect(DAMAGED)?;
+        for word in [word, path(&first)?] {
+            ensure!(said.contains(word), "it does not say `{word}`: {said}");
+        }
+        Ok(())
+    };
+    let aside = first.with_extension("aside");
+    let rename = |from: &Path, to: &Path| std::fs::rename(from, to).map_err(|e| e.to_string());
+    rename(&first, &aside)?;
+    refused("no image")?;
+    // Another image in its place.
+    let mut other = Victim::start("ticker", &[])?;
+    let another = other.dump()?;
+    rename(&another, &first)?;
+    refused("another image")?;
+    std::fs::remove_dir_all(&first).map_err(|e| e.to_string())?;
+    rename(&aside, &first)?;
+    restore(&mut victim, &second)?;
+    victim.ticks(4)
+}
