@@ -6,8 +6,8 @@
 use crate::extent::PAGE;
 use crate::{Error, Result};
 
-/// Contents in one chunk, as they are written: larger ones gain little (docs/performance.md), and whoever needs a page
-/// has to decode a chunk.
+/// Contents in one chunk, as they are written: whoever needs a page has to decode a chunk, which shall fit into the
+/// second-level cache twice.
 pub(crate) const CHUNK: usize = 128 << 10;
 /// The largest that a reader takes.
 pub(crate) const LARGEST: u32 = 256 << 10;

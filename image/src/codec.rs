@@ -17,7 +17,7 @@ pub enum Compression {
     Zstd,
 }
 
-/// The level of least work; higher ones gain little on memory and take far longer (docs/performance.md).
+/// The level of least work: a dump is waited for.
 const LEVEL: i32 = 1;
 
 /// An lz4 frame of independent blocks of at most 256 KiB without checksums: magic, flags, sizes, and their checksum.
