@@ -161,7 +161,7 @@ impl Encoded {
     /// Completes the file; its chunks are told as well.
     pub(crate) fn finish(mut self) -> io::Result<(Counted, Vec<Chunk>)> {
         if !self.pending.is_empty() {
-            debug_assert!(self.pending.len() as u64 % PAGE == 0, "contents are whole pages");
+            debug_assert!((self.pending.len() as u64).is_multiple_of(PAGE), "contents are whole pages");
             self.complete()?;
         }
         let out = match self.out {

@@ -28,7 +28,9 @@ impl Random {
 fn contents() -> Vec<u8> {
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let length = 5 * CHUNK + 3 * 4096;
-    (0..length).map(|i| if i / CHUNK % 2 == 0 { random.below(256) as u8 } else { (i / 100) as u8 }).collect()
+    (0..length)
+        .map(|i| if (i / CHUNK).is_multiple_of(2) { random.below(256) as u8 } else { (i / 100) as u8 })
+        .collect()
 }
 
 /// A file in some encoding, and what it needs to be read.
