@@ -53,6 +53,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         Trial::test("stream: a reader that goes away", || Ok(broken_pipe()?)),
         Trial::test("stream: what is cut off or damaged leaves nothing", || Ok(bad_streams()?)),
         Trial::test("encoding: without its key an encrypted image is nothing", || Ok(keys()?)),
+        Trial::test("encoding: an image builds on one that is encoded otherwise", || Ok(chain()?)),
         Trial::test("encoding: memory without a stage is encoded as well", || Ok(unstaged()?)),
     ]);
     trials
@@ -258,6 +259,29 @@ fn unstaged() -> Outcome {
             it.victim.ticks(8)?;
             it.victim.kill();
         }
+    }
+    Ok(())
+}
+
+/// An encrypted image, a raw one and a compressed one, each of which has only what changed since the one before.
+fn chain() -> Outcome {
+    let mut it = Encoded::start(&["encrypt"], "large", &["24"])?;
+    let key = it.key.file.to_str().ok_or("a path")?.to_owned();
+    let first = it.dump(&["--track"])?;
+    it.victim.ticks(1)?;
+    let first = first.to_str().ok_or("a path")?;
+    let second = it.victim.dump_with(&["--track", "--parent", first, "--identity", &key])?;
+    it.victim.ticks(1)?;
+    let second = second.to_str().ok_or("a path")?;
+    let options = ["--parent", second, "--identity", &key, "--compress", "zstd"];
+    let last = it.victim.dump_with(&options)?;
+    it.victim.gone(Vec::new())?;
+    run_torpor(&["verify", last.to_str().ok_or("a path")?])?.expect(KEY)?;
+    it.run(&["verify"], &last)?.expect(0)?;
+    for _ in 0..2 {
+        it.restore(&last)?;
+        it.victim.ticks(8)?;
+        it.victim.kill();
     }
     Ok(())
 }
