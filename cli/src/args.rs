@@ -28,7 +28,7 @@ Examples:
 
 Exit codes: 0 done, 1 unexpected, 2 usage, 3 no such process, 4 privilege missing, 5 cannot be dumped,
 6 image damaged, 7 machine does not fit, 8 pid, port or file taken, gone or changed, 9 cannot write there,
-10 a limit was hit. An attached `restore` exits as its program does. docs/exit-codes.md tells more.";
+10 a limit was hit, 11 the key of an encrypted image is missing or wrong. An attached `restore` exits as its program does. docs/exit-codes.md tells more.";
 
 /// The commands.
 #[derive(Debug, Subcommand)]
@@ -114,6 +114,9 @@ pub struct DumpArgs {
     /// still runs.
     #[arg(long, value_name = "DIR")]
     pub parent: Option<PathBuf>,
+    /// How the image is written.
+    #[command(flatten)]
+    pub encoding: EncodingArgs,
     /// Print nothing but errors
     #[arg(short, long)]
     pub quiet: bool,
@@ -123,8 +126,52 @@ pub struct DumpArgs {
     /// The process
     #[arg(value_parser = clap::value_parser!(i32).range(1..))]
     pub pid: i32,
-    /// The directory of the image: made if it is missing, refused if it holds an image
+    /// The directory of the image: made if it is missing, refused if it holds an image; `-` for standard output
+    ///
+    /// On standard output the image is a tar archive of the files that would be in the directory. What else there is to
+    /// say goes to standard error. The process is ended when all of it was written.
     pub dir: PathBuf,
+}
+
+/// How the image is written.
+#[derive(Debug, Args)]
+pub struct EncodingArgs {
+    /// Compress contents: fast (lz4), or smaller (zstd)
+    ///
+    /// A process that runs on does not wait for it. The restore needs no option.
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub compress: Option<Compress>,
+    /// Encrypt the image for RECIPIENT: `age1...`, as age-keygen prints it, or an ssh public key; may be repeated
+    ///
+    /// Any one of the recipients can restore it, with `--identity FILE`.
+    #[arg(long, value_name = "RECIPIENT")]
+    pub encrypt: Vec<String>,
+    /// Encrypt the image for the recipients in FILE, one on each line; may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub encrypt_to: Vec<PathBuf>,
+    /// The key of the image that --parent names, if that is encrypted; may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub identity: Vec<PathBuf>,
+}
+
+/// How contents are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Compress {
+    /// Fast, of moderate gain
+    Lz4,
+    /// Smaller, at several times the work
+    Zstd,
+}
+
+/// How an image is read.
+#[derive(Debug, Args)]
+pub struct ReadingArgs {
+    /// The key of an encrypted image: a file of age identities, or an ssh private key; may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub identity: Vec<PathBuf>,
+    /// Where an image from standard input is kept meanwhile (default: $TMPDIR or /tmp)
+    #[arg(long, value_name = "DIR")]
+    pub spool: Option<PathBuf>,
 }
 
 /// What becomes of TCP connections to the outside.
@@ -146,6 +193,10 @@ Examples:
                                             the second has only what changed
   torpor dump --truncate-files '/var/log/**' 4711 image
                                             logs are cut back to where they were
+  torpor dump --compress zstd --encrypt age1... 4711 image
+                                            small, and for one reader only
+  torpor dump --compress lz4 4711 - | ssh there torpor restore --detach -
+                                            move it to another machine
   torpor dump --json 4711 image | jq .bytes";
 
 /// Wake up a process from its image
@@ -180,10 +231,13 @@ pub struct RestoreArgs {
     /// Compare all contents with their checksums first, as `torpor verify` does
     #[arg(long)]
     pub verify: bool,
+    /// How the image is read.
+    #[command(flatten)]
+    pub reading: ReadingArgs,
     /// Print the pid, or the plan, as JSON
     #[arg(long)]
     pub json: bool,
-    /// The directory of the image
+    /// The directory of the image; `-` for a tar archive of it on standard input
     pub dir: PathBuf,
 }
 
@@ -222,10 +276,13 @@ Examples:
 #[derive(Debug, Args)]
 #[command(after_long_help = SHOW_EXAMPLES)]
 pub struct ShowArgs {
+    /// How the image is read.
+    #[command(flatten)]
+    pub reading: ReadingArgs,
     /// Print everything there is, as JSON
     #[arg(long)]
     pub json: bool,
-    /// The directory of the image
+    /// The directory of the image; `-` for a tar archive of it on standard input
     pub dir: PathBuf,
 }
 
@@ -239,10 +296,13 @@ Examples:
 /// Reads all of the image. An image that passes is what the dump has written.
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
+    /// How the image is read.
+    #[command(flatten)]
+    pub reading: ReadingArgs,
     /// Print the result as JSON
     #[arg(long)]
     pub json: bool,
-    /// The directory of the image
+    /// The directory of the image; `-` for a tar archive of it on standard input
     pub dir: PathBuf,
 }
 

@@ -7,14 +7,14 @@ use clap::CommandFactory;
 use clap::error::ErrorKind;
 use serde::Serialize;
 use torpor_dumper::{Destination, ExternalUnix, Frozen, Options, Rule, Rules, Target, TcpPolicy, Tracking};
-use torpor_image::Image;
 use torpor_image::manifest::{Manifest, Times};
+use torpor_image::{Encoding, Identities, Image};
 
 use crate::args::{Cli, DumpArgs, Tcp};
 use crate::exit::{self, Exit, Failure};
 use crate::held::Held;
 use crate::progress::Progress;
-use crate::{output, verify};
+use crate::{encoding, output, stream, verify};
 
 /// What becomes of the process when its image is complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +34,9 @@ pub(crate) struct Choices {
     pub(crate) parent: Option<PathBuf>,
     /// Whether writes shall be followed after the dump.
     pub(crate) track: bool,
+    pub(crate) encoding: Encoding,
+    /// The keys of the parent.
+    pub(crate) identities: Identities,
 }
 
 /// What was dumped.
@@ -65,6 +68,11 @@ pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
                    cannot be restored to them";
         Cli::command().error(ErrorKind::ArgumentConflict, why).exit();
     }
+    if args.parent.is_some() && args.dir == Path::new("-") {
+        let why =
+            "an image on standard output cannot build on another: name a directory, or leave out --parent";
+        Cli::command().error(ErrorKind::ArgumentConflict, why).exit();
+    }
     let tcp = match args.tcp {
         Tcp::Refuse => TcpPolicy::Refuse,
         Tcp::Close => TcpPolicy::Close,
@@ -76,14 +84,26 @@ pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
         external_unix: args.external_unix.clone(),
         parent: args.parent.clone(),
         track: args.track,
+        encoding: encoding::of(&args.encoding)?,
+        identities: Identities::read(&args.encoding.identity)?,
     };
     let (summary, held) = dump(args.pid, &args.dir, afterwards, args.fsync, choices)?;
     if !args.quiet {
         for lost in &summary.not_captured {
             output::note(&format!("not in the image: {lost}"));
         }
-        let printed =
-            if args.json { output::json(&summary) } else { output::print(&line(&summary, afterwards)) };
+        let printed = match (args.dir == Path::new("-"), args.json) {
+            // Standard output is the image's.
+            (true, true) => serde_json::to_string(&summary)
+                .map(|json| output::aside(&format!("{json}\n")))
+                .map_err(anyhow::Error::from),
+            (true, false) => {
+                output::aside(&line(&summary, afterwards));
+                Ok(())
+            }
+            (false, true) => output::json(&summary),
+            (false, false) => output::print(&line(&summary, afterwards)),
+        };
         // What is done cannot be taken back: a failure would say that the process goes on and there is no image.
         if let Err(e) = printed
             && !output::is_closed(&e)
@@ -124,11 +144,15 @@ pub(crate) fn dump(
     choices: Choices,
 ) -> anyhow::Result<(Summary, Held)> {
     crate::raise_descriptor_limit();
-    let parent = choices.parent.as_deref().map(Image::open).transpose()?;
+    let parent =
+        choices.parent.as_deref().map(|dir| Image::open_with(dir, &choices.identities)).transpose()?;
     let target = Target::find_with(pid, choices.tcp, &choices.external_unix)?;
     // What is made in the directory from here on is removed again.
     let held = Held::begin(&[]);
-    let mut destination = Destination::create(dir, fsync)?;
+    let mut destination = match dir == Path::new("-") {
+        true => Destination::to_stream(stream::take_output()?, choices.encoding)?,
+        false => Destination::create_encoded(dir, fsync, choices.encoding)?,
+    };
     let survey = target.survey();
     let progress = Progress::new("dumping", survey.resident());
     let add = |bytes| progress.add(bytes);

@@ -35,6 +35,8 @@ pub enum Exit {
     Output,
     /// 10: a limit was hit: of open files, of processes, of memory.
     Limit,
+    /// 11: the image is encrypted, and the key is missing or another one.
+    Key,
     /// An attached restore: the status of the program itself.
     Program(u8),
 }
@@ -54,6 +56,7 @@ impl Exit {
             Exit::Conflict => 8,
             Exit::Output => 9,
             Exit::Limit => 10,
+            Exit::Key => 11,
             Exit::Program(status) => status,
         }
     }
@@ -121,6 +124,8 @@ fn of_reading(error: &ImageError) -> Exit {
         ImageError::NoParent { .. } => Exit::Usage,
         ImageError::TooNew { .. } | ImageError::OtherMachine { .. } => Exit::Unfit,
         ImageError::Occupied { .. } => Exit::Output,
+        ImageError::Encrypted { .. } | ImageError::OtherKey { .. } => Exit::Key,
+        ImageError::Key { .. } => Exit::Usage,
         // ELOOP: a link where the image has a file.
         ImageError::File { source, .. } => match source.raw_os_error().map(Errno::from_raw) {
             Some(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP | Errno::EISDIR) => Exit::Damaged,
@@ -301,6 +306,7 @@ mod tests {
             Exit::Conflict,
             Exit::Output,
             Exit::Limit,
+            Exit::Key,
         ];
         for (code, exit) in all.into_iter().enumerate() {
             assert_eq!(usize::from(exit.code()), code);

@@ -8,6 +8,7 @@ mod attach;
 mod check;
 mod demo;
 mod dump;
+mod encoding;
 pub mod exit;
 mod held;
 mod names;
@@ -16,6 +17,7 @@ mod pidfile;
 mod progress;
 mod restore;
 mod show;
+mod stream;
 mod verify;
 
 use clap::{CommandFactory, Parser};

@@ -69,6 +69,11 @@ pub(crate) fn note(text: &str) {
     let _unread = writeln!(io::stderr(), "note: {}", safe(text));
 }
 
+/// Prints `text` to stderr as it is: where stdout is another's.
+pub(crate) fn aside(text: &str) {
+    let _unread = io::stderr().write_all(text.as_bytes());
+}
+
 /// Prints why the program fails to stderr; `text` is fit for a terminal already.
 pub(crate) fn complain(text: &str) {
     let _unread = writeln!(io::stderr(), "error: {text}");

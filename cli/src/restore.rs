@@ -13,9 +13,9 @@ use crate::args::RestoreArgs;
 use crate::attach::{Attached, Terminal};
 use crate::exit::Exit;
 use crate::held::Held;
-use crate::output;
 use crate::pidfile::PidFile;
 use crate::progress::Progress;
+use crate::{encoding, output};
 
 /// How often a restore is tried again, ten milliseconds apart, for a pid that is about to be free.
 const FLEETING: u32 = 10;
@@ -26,7 +26,7 @@ struct Restored {
 }
 
 pub(crate) fn run(args: &RestoreArgs) -> anyhow::Result<Exit> {
-    let image = Image::open(&args.dir)?;
+    let encoding::Opened { image, spool, held } = encoding::open(&args.dir, &args.reading)?;
     if args.verify {
         image.verify(|_| ())?;
     }
@@ -48,7 +48,7 @@ pub(crate) fn run(args: &RestoreArgs) -> anyhow::Result<Exit> {
     let progress = Progress::new("restoring", content(&image));
     let add = |bytes| progress.add(bytes);
     // Ctrl-\ is left for what does not want to end.
-    let held = Held::begin(&[Signal::SIGQUIT]);
+    let held = held.unwrap_or_else(|| Held::begin(&[Signal::SIGQUIT]));
     let mut tries = 0;
     let prepared = loop {
         match torpor_restorer::prepare(&image, &plan, Some(&add)) {
@@ -68,6 +68,8 @@ pub(crate) fn run(args: &RestoreArgs) -> anyhow::Result<Exit> {
         }
         Ok(prepared)
     });
+    // It has all that it needs of the image, and may run for long.
+    drop(spool);
     let (prepared, held) = held.end(prepared)?;
     for note in prepared.notes() {
         output::note(note);

@@ -14,14 +14,15 @@ use torpor_image::extent::{Record, Where};
 use crate::args::ShowArgs;
 use crate::exit::Exit;
 use crate::output::{self, Table};
-use crate::verify;
+use crate::{encoding, verify};
 
 pub(crate) fn run(args: &ShowArgs) -> anyhow::Result<Exit> {
-    let image = Image::open(&args.dir)?;
+    let opened = encoding::open(&args.dir, &args.reading)?;
+    let image = &opened.image;
     if args.json {
-        output::json_pretty(&Everything(&image))?;
+        output::json_pretty(&Everything(image))?;
     } else {
-        output::print(&text(&image)?)?;
+        output::print(&text(image)?)?;
     }
     Ok(Exit::Ok)
 }
@@ -91,7 +92,8 @@ fn memory(records: &[Record]) -> String {
 fn files(image: &Image) -> String {
     let mut table = Table::new(&["FILE", "SIZE", "CRC-32C", "WHAT"], &[1]);
     for file in &image.manifest.files {
-        let what = match file.name.as_str() {
+        let what = match file.name.strip_suffix(".age").unwrap_or(&file.name) {
+            "chunks.idx" => "where the chunks of pages lie",
             "objects.tpr" => "open files, pipes and sockets",
             "pages.idx" => "where the pages lie",
             name if name.starts_with("task-") => "the process: threads, memory map, descriptors",

@@ -1,13 +1,12 @@
 //! `torpor verify`: is the image what the dump has written?
 
 use serde::Serialize;
-use torpor_image::Image;
 use torpor_image::manifest::Manifest;
 
 use crate::args::VerifyArgs;
 use crate::exit::Exit;
-use crate::output;
 use crate::progress::Progress;
+use crate::{encoding, output};
 
 #[derive(Serialize)]
 struct Report {
@@ -18,7 +17,8 @@ struct Report {
 
 pub(crate) fn run(args: &VerifyArgs) -> anyhow::Result<Exit> {
     // Opening it checks everything but the data files.
-    let image = Image::open(&args.dir)?;
+    let opened = encoding::open(&args.dir, &args.reading)?;
+    let image = &opened.image;
     let total = size(&image.manifest);
     let progress = Progress::new("verifying", image.data_bytes());
     image.verify(|bytes| progress.add(bytes))?;

@@ -60,7 +60,11 @@ pub(crate) fn capture<'s>(
     options: &Options<'_>,
 ) -> Result<Captured<'s>> {
     let root = stopped.root().pid();
-    let Destination { mut writer, mut files } = to;
+    let Destination { mut writer, mut files, roomy } = to;
+    // What runs on does not wait for the encoder; nor for the reader of a stream, if there is room for its memory.
+    if options.runs_on && (roomy || stage.is_some()) {
+        files.iter_mut().for_each(DataFile::put_aside);
+    }
     let taken_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
 
     let mut collector = Collector::new(stopped.root().living(), false);
@@ -283,6 +287,7 @@ impl Captured<'_> {
     /// Writes what is left to be written and gives the image its name.
     pub(crate) fn finish(mut self, options: &Options<'_>) -> Result<Dumped> {
         let watch = options.watch();
+        memory::catch_up(&mut self.files)?;
         let covered: Vec<_> = self
             .tasks
             .iter()

@@ -3,7 +3,9 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
+use torpor_image::Encoding;
 use torpor_image::manifest::Manifest;
+use torpor_image::stream::Output;
 use torpor_image::write::{DataFile, ImageWriter};
 use torpor_kernel::ids::Pid;
 use torpor_kernel::memory::Memory;
@@ -88,15 +90,30 @@ pub struct Target {
 pub struct Destination {
     pub(crate) writer: ImageWriter,
     pub(crate) files: Vec<DataFile>,
+    /// Whether there is a place beside the image where contents can wait to be encoded.
+    pub(crate) roomy: bool,
 }
 
 impl Destination {
     /// Prepares `dir`: made if missing, refused if it holds an image. With `fsync` everything is on stable
     /// storage before a dump counts as done.
     pub fn create(dir: &Path, fsync: bool) -> Result<Self> {
-        let writer = ImageWriter::create(dir, fsync)?;
+        Self::create_encoded(dir, fsync, Encoding::default())
+    }
+
+    /// The same; the files of the image are compressed and encrypted as told.
+    pub fn create_encoded(dir: &Path, fsync: bool, encoding: Encoding) -> Result<Self> {
+        Self::with(ImageWriter::create(dir, fsync)?.encode(encoding), true)
+    }
+
+    /// The image goes to a stream, as a tar archive.
+    pub fn to_stream(out: Box<dyn Output>, encoding: Encoding) -> Result<Self> {
+        Self::with(ImageWriter::to_stream(out).encode(encoding), false)
+    }
+
+    fn with(writer: ImageWriter, roomy: bool) -> Result<Self> {
         let files = (0..memory::most_files()).map(|n| writer.data_file(n)).collect::<Result<Vec<_>, _>>()?;
-        Ok(Destination { writer, files })
+        Ok(Destination { writer, files, roomy })
     }
 }
 

@@ -389,6 +389,17 @@ fn write_staged(
     })
 }
 
+/// Encodes what was put aside, every file in a thread of its own.
+pub(crate) fn catch_up(files: &mut [DataFile]) -> Result<()> {
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = files.iter_mut().map(|file| scope.spawn(|| file.catch_up())).collect();
+        for worker in workers {
+            worker.join().expect("a writer does not panic")?;
+        }
+        Ok(())
+    })
+}
+
 /// How many writers `bytes` of memory are worth on this machine.
 fn writers(bytes: u64) -> u64 {
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);

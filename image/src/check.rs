@@ -7,10 +7,13 @@ mod ipc;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::codec::Compression;
+use crate::data::Stored;
 use crate::description::Kind;
 use crate::extent::{Extents, PAGE, Record, Where};
 use crate::inode::Source;
 use crate::io_uring::AREAS;
+use crate::keys;
 use crate::manifest::Manifest;
 use crate::pty::Side;
 use crate::read::Image;
@@ -32,25 +35,43 @@ const MAX_TIMER: i32 = 1 << 20;
 /// Instructions of a socket filter (linux/filter.h, `BPF_MAXINSNS`).
 const MAX_FILTER: usize = 4096;
 
-/// The number in `pages-N.dat`.
-pub fn data_file_number(name: &str) -> Option<u32> {
-    let number = name.strip_prefix("pages-")?.strip_suffix(".dat")?;
-    number.parse().ok().filter(|n: &u32| crate::write::data_file_name(*n) == name)
+/// The number in `pages-N.dat`, and how the file is stored: `pages-N.dat.zst`, `pages-N.dat.lz4.age`.
+pub fn data_file(name: &str) -> Option<(u32, Stored)> {
+    let (rest, encrypted) = name.strip_suffix(keys::SUFFIX).map_or((name, false), |rest| (rest, true));
+    let compression = [Compression::Lz4, Compression::Zstd].into_iter().find(|c| rest.ends_with(c.suffix()));
+    let rest = compression.map_or(rest, |c| &rest[..rest.len() - c.suffix().len()]);
+    let number = rest.strip_prefix("pages-")?.strip_suffix(".dat")?;
+    let stored = Stored { compression, encrypted };
+    let number = number.parse().ok().filter(|n: &u32| crate::write::data_file_name(*n, stored) == name)?;
+    Some((number, stored))
+}
+
+/// Whether a file of an image may have this name.
+pub(crate) fn is_plain(name: &str) -> bool {
+    !name.is_empty()
+        && !name.starts_with('.')
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b))
+}
+
+/// Whether this is the name of a manifest.
+pub(crate) fn is_manifest(name: &str) -> bool {
+    name.strip_suffix(keys::SUFFIX).unwrap_or(name) == Manifest::FILE
 }
 
 /// Checks a manifest by itself.
 pub fn manifest(manifest: &Manifest) -> Result<()> {
     let bad = |what: String| Err(Error::damaged(Manifest::FILE, what));
     let mut names = BTreeSet::new();
+    let mut numbers = BTreeSet::new();
     for file in &manifest.files {
-        let plain = !file.name.is_empty()
-            && !file.name.starts_with('.')
-            && file.name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b));
-        if !plain || file.name == Manifest::FILE {
+        if !is_plain(&file.name) || is_manifest(&file.name) {
             return bad(format!("`{}` is no name of an image file", file.name.escape_debug()));
         }
         if !names.insert(&file.name) {
             return bad(format!("`{}` is listed twice", file.name));
+        }
+        if data_file(&file.name).is_some_and(|(number, _)| !numbers.insert(number)) {
+            return bad(format!("`{}` is there in two forms", file.name));
         }
     }
     for ancestor in &manifest.ancestors {
@@ -58,8 +79,6 @@ pub fn manifest(manifest: &Manifest) -> Result<()> {
             return bad("it builds on an image without a name".to_owned());
         }
     }
-    let mut numbers: BTreeSet<u32> =
-        manifest.files.iter().filter_map(|f| data_file_number(&f.name)).collect();
     for file in &manifest.borrowed {
         if file.ancestor as usize >= manifest.ancestors.len() || !numbers.insert(file.number) {
             return bad(format!("data file {} of another image is nobody's, or listed twice", file.number));
@@ -394,9 +413,8 @@ fn extents(image: &Image, file: &str, range: Extents, fits: impl Fn(&Record) -> 
         }
         end = next;
         if record.place == Where::Data {
-            let size = image.data_size(record.file);
             let fits = |size| record.offset.checked_add(record.length).is_some_and(|e| e <= size);
-            if !size.is_some_and(fits) {
+            if !image.data_size(record.file).is_some_and(fits) {
                 return bad("a page record refers to data that does not exist");
             }
         }

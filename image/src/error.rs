@@ -96,6 +96,24 @@ pub enum Error {
         /// This machine.
         here: &'static str,
     },
+    /// The image is encrypted, and no identity was given.
+    #[error("`{file}` is encrypted; give the key it was encrypted for: --identity FILE")]
+    Encrypted {
+        /// Name inside the image.
+        file: String,
+    },
+    /// No identity that was given fits.
+    #[error("`{file}` is encrypted for another key than those given with --identity; give the one that fits")]
+    OtherKey {
+        /// Name inside the image.
+        file: String,
+    },
+    /// A key cannot be taken.
+    #[error("{what}")]
+    Key {
+        /// Which, and why.
+        what: String,
+    },
     /// A body could not be encoded.
     #[error("cannot encode {what}: {why}")]
     Encode {

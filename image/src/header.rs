@@ -36,6 +36,8 @@ pub enum Kind {
     Task,
     /// [`crate::extent::Record`]s
     Index,
+    /// Where the chunks of encoded data files lie.
+    Chunks,
 }
 
 impl Kind {
@@ -45,6 +47,7 @@ impl Kind {
             Kind::Objects => b"objs",
             Kind::Task => b"task",
             Kind::Index => b"pidx",
+            Kind::Chunks => b"chnk",
         }
     }
 }

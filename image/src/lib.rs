@@ -7,15 +7,22 @@
 //!     pages.idx        fixed 32-byte records: which bytes of which space lie where
 //!     pages-N.dat      raw page-aligned contents, no header
 //! ```
+//! Encoded, contents lie in `pages-N.dat.lz4` or `pages-N.dat.zst` and `chunks.idx` tells where; encrypted, the names of
+//! all files end with `.age`.
+//!
 //! Every `.tpr` and `.idx` file begins with the fixed [`header`]; bodies are named MessagePack. This crate
 //! calls no kernel interface but files. docs/image-format.md describes the format for other readers.
 
 pub mod bytes;
 pub mod check;
+mod chunk;
+mod codec;
 pub mod credentials;
 pub mod data;
+mod data_file;
 pub mod description;
 pub mod directory;
+pub mod encode;
 pub mod epoll;
 pub mod error;
 pub mod eventfd;
@@ -26,6 +33,7 @@ pub mod inode;
 pub mod inotify;
 pub mod io_uring;
 pub mod ip;
+pub mod keys;
 pub mod lock;
 pub mod manifest;
 pub mod memory;
@@ -43,6 +51,9 @@ pub mod scheduling;
 pub mod signal;
 pub mod signalfd;
 pub mod socket;
+pub mod spool;
+mod stock;
+pub mod stream;
 pub mod sysv;
 pub mod sysv_msg;
 pub mod sysv_sem;
@@ -60,7 +71,10 @@ pub mod write;
 pub mod zombie;
 
 pub use bytes::Bytes;
+pub use codec::Compression;
+pub use encode::Encoding;
 pub use error::{Error, Result};
+pub use keys::{Identities, Recipients};
 pub use read::Image;
 
 use serde::{Deserialize, Serialize};

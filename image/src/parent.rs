@@ -11,8 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::manifest::{ImageFile, Manifest};
 use crate::read::Image;
-use crate::write::data_file_name;
-use crate::{Bytes, Error, Result};
+use crate::{Bytes, Error, Identities, Result, stock};
 
 /// An image that some data files are those of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -125,14 +124,19 @@ fn between(from: &Path, to: &Path) -> Result<Bytes> {
 }
 
 /// The directories of an image's ancestors, each found to be the image it shall be, with the files it shall have.
-pub(crate) fn find(dir: &Path, manifest: &Manifest) -> Result<Vec<(PathBuf, Manifest)>> {
+pub(crate) fn find(
+    dir: &Path,
+    manifest: &Manifest,
+    identities: &Identities,
+) -> Result<Vec<(PathBuf, Manifest)>> {
     let mut found = Vec::with_capacity(manifest.ancestors.len());
     for ancestor in &manifest.ancestors {
         let path = dir.join(ancestor.path.path());
         let lost = |why: String| Error::Parent { image: dir.to_owned(), path: path.clone(), why };
-        let theirs = match crate::read::manifest(&path) {
+        let theirs = match crate::read::manifest(&path, identities) {
             Ok(theirs) => theirs,
             Err(Error::NoImage { .. }) => return Err(lost("there is no image".into())),
+            Err(e @ (Error::Encrypted { .. } | Error::OtherKey { .. })) => return Err(e),
             Err(e) => return Err(lost(e.to_string())),
         };
         if theirs.id != ancestor.id {
@@ -143,11 +147,12 @@ pub(crate) fn find(dir: &Path, manifest: &Manifest) -> Result<Vec<(PathBuf, Mani
     for file in &manifest.borrowed {
         let (path, theirs) = &found[file.ancestor as usize];
         let lost = |why: String| Error::Parent { image: dir.to_owned(), path: path.clone(), why };
-        let name = data_file_name(file.original);
-        let wanted = ImageFile { name: name.clone(), size: file.size, crc32c: file.crc32c };
-        if !theirs.files.contains(&wanted) {
-            return Err(lost(format!("its `{name}` is another one by now")));
-        }
+        let named = stock::data_files(theirs).find(|(number, ..)| *number == file.original);
+        let same = |found: &ImageFile| (found.size, found.crc32c) == (file.size, file.crc32c);
+        let Some(name) = named.filter(|(_, found, _)| same(found)).map(|(_, found, _)| found.name.clone())
+        else {
+            return Err(lost(format!("its data file {} is another one by now", file.original)));
+        };
         match path.join(&name).symlink_metadata() {
             Ok(found) if found.is_file() && found.len() == file.size => {}
             Ok(_) => return Err(lost(format!("its `{name}` is not of {} bytes any more", file.size))),

@@ -1,22 +1,23 @@
 //! Reading an image.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use serde::de::DeserializeOwned;
 
-use crate::data::Data;
+use crate::data::{Data, Readers};
 use crate::description::Objects;
 use crate::extent::{Extents, RECORD, Record};
 use crate::header::{self, Kind};
+use crate::keys::{self, Identities};
 use crate::manifest::{ImageFile, Manifest};
-use crate::parent;
+use crate::stock::{self, Stock};
 use crate::task::Task;
-use crate::write::data_file_name;
-use crate::{Error, Result, check};
+use crate::{Error, Result, check, parent};
 
 /// No body is ever this large: metadata is kilobytes, an index 32 bytes for each run of pages.
 const MAX_BODY: u64 = 1 << 30;
@@ -36,16 +37,23 @@ pub struct Image {
     /// Shared objects.
     pub objects: Objects,
     records: Vec<Record>,
-    /// Directories of its ancestors.
-    ancestors: Vec<PathBuf>,
-    /// Length of every data file, by number.
-    sizes: HashMap<u32, u64>,
+    /// Its data files, those of ancestors included, by number.
+    files: BTreeMap<u32, Stock>,
+    identities: Identities,
+    /// Encoded data files that were opened.
+    open: Mutex<BTreeMap<u32, Data>>,
+    readers: Readers,
 }
 
 impl Image {
     /// Reads the image in `dir` and checks everything but the contents of data files.
     pub fn open(dir: &Path) -> Result<Self> {
-        let manifest = manifest(dir)?;
+        Self::open_with(dir, &Identities::default())
+    }
+
+    /// The same; an encrypted one with the key it was encrypted for.
+    pub fn open_with(dir: &Path, identities: &Identities) -> Result<Self> {
+        let manifest = manifest(dir, identities)?;
         for file in &manifest.files {
             let path = dir.join(&file.name);
             let found = path.symlink_metadata().map_err(Error::file("find", &path))?;
@@ -54,16 +62,7 @@ impl Image {
                 return Err(Error::damaged(&file.name, what));
             }
         }
-        let named = |name: &str, kind| -> Result<Vec<u8>> {
-            let file = manifest
-                .files
-                .iter()
-                .find(|f| f.name == name)
-                .ok_or_else(|| Error::damaged(Manifest::FILE, format!("it does not list `{name}`")))?;
-            let bytes = read_file(dir, name)?;
-            check_sum(name, file.crc32c, crc32c::crc32c(&bytes))?;
-            header::decode(name, kind, &bytes).map(<[u8]>::to_vec)
-        };
+        let named = |name: &str, kind| member(dir, &manifest, identities, name, kind);
         let objects = decode("objects.tpr", &named("objects.tpr", Kind::Objects)?)?;
         let tasks = manifest
             .tasks
@@ -82,9 +81,12 @@ impl Image {
             .iter()
             .map(|c| Record::decode(c).ok_or_else(|| Error::damaged("pages.idx", "unknown kind of record")))
             .collect::<Result<Vec<_>>>()?;
-        let ancestors = parent::find(dir, &manifest)?.into_iter().map(|(path, _)| path).collect();
-        let sizes = sizes(&manifest);
-        let image = Image { dir: dir.to_owned(), manifest, tasks, objects, records, ancestors, sizes };
+        let mut files = stock::own(dir, &manifest, stock::tables(dir, &manifest, identities)?)?;
+        let ancestors = parent::find(dir, &manifest, identities)?;
+        stock::borrow(&mut files, &manifest, &ancestors, identities)?;
+        let (dir, identities) = (dir.to_owned(), identities.clone());
+        let (open, readers) = Default::default();
+        let image = Image { dir, manifest, tasks, objects, records, files, identities, open, readers };
         check::references(&image)?;
         Ok(image)
     }
@@ -97,8 +99,9 @@ impl Image {
         objects: Objects,
         records: Vec<Record>,
     ) -> Result<Self> {
-        let sizes = sizes(&manifest);
-        let image = Image { dir, manifest, tasks, objects, records, ancestors: Vec::new(), sizes };
+        let files = stock::own(&dir, &manifest, BTreeMap::new())?;
+        let (identities, open, readers) = Default::default();
+        let image = Image { dir, manifest, tasks, objects, records, files, identities, open, readers };
         check::references(&image)?;
         Ok(image)
     }
@@ -115,44 +118,54 @@ impl Image {
 
     /// Opens data file `number`.
     pub fn data(&self, number: u32) -> Result<Data> {
-        let (dir, name) = self.place(number);
-        Ok(Data::raw(open(dir, &name)?, dir.join(name)))
-    }
-
-    /// Where data file `number` lies: in which directory, and its name there.
-    fn place(&self, number: u32) -> (&Path, String) {
-        let borrowed = self.manifest.borrowed.iter().find(|b| b.number == number);
-        match borrowed.and_then(|b| Some((self.ancestors.get(b.ancestor as usize)?, b.original))) {
-            Some((dir, original)) => (dir, data_file_name(original)),
-            None => (&self.dir, data_file_name(number)),
+        let stock = self
+            .files
+            .get(&number)
+            .ok_or_else(|| Error::damaged(Manifest::FILE, format!("it has no data file {number}")))?;
+        let path = stock.dir.join(&stock.name);
+        if stock.stored.is_raw() {
+            return Ok(Data::raw(open(&stock.dir, &stock.name)?, path));
         }
+        let mut all = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(data) = all.get(&number) {
+            return Ok(data.clone());
+        }
+        let (file, table) = (open(&stock.dir, &stock.name)?, stock.table.clone());
+        let (identities, readers) = (self.identities.clone(), self.readers.clone());
+        let data = Data::chunked(file, path, (number, stock.stored), table, identities, readers)?;
+        all.insert(number, data.clone());
+        Ok(data)
     }
 
-    /// Length of data file `number`, if there is one.
+    /// Whether whoever has data file `number` open can read its contents ([`Data::as_file`]).
+    pub fn is_raw(&self, number: u32) -> bool {
+        self.files.get(&number).is_none_or(|stock| stock.stored.is_raw())
+    }
+
+    /// Length of the contents of data file `number`, if there is one.
     pub fn data_size(&self, number: u32) -> Option<u64> {
-        self.sizes.get(&number).copied()
+        self.files.get(&number).map(|stock| stock.size)
     }
 
-    /// Length of all data files, those of ancestors included.
+    /// Length of all data files as they are stored, those of ancestors included.
     pub fn data_bytes(&self) -> u64 {
-        self.sizes.values().fold(0, |all, size| all.saturating_add(*size))
+        self.files.values().fold(0, |all, stock| all.saturating_add(stock.length))
     }
 
     /// Numbers of the data files that are this image's own.
     pub fn data_files(&self) -> impl Iterator<Item = (u32, &ImageFile)> {
-        self.manifest.files.iter().filter_map(|f| Some((check::data_file_number(&f.name)?, f)))
+        stock::data_files(&self.manifest).map(|(number, file, _)| (number, file))
     }
 
     /// Reads all data files and compares their checksums; `progress` is told of bytes read.
     pub fn verify(&self, mut progress: impl FnMut(u64)) -> Result<()> {
         let mut buffer = vec![0u8; 1 << 20];
-        let own = self.data_files().map(|(number, file)| (number, file.crc32c));
-        for (number, expected) in own.chain(self.manifest.borrowed.iter().map(|b| (b.number, b.crc32c))) {
-            let (dir, name) = self.place(number);
-            let file = open(dir, &name)?;
+        for (number, stock) in &self.files {
+            let path = stock.dir.join(&stock.name);
+            let file = open(&stock.dir, &stock.name)?;
             let (mut crc, mut at) = (0, 0);
             loop {
-                let n = file.read_at(&mut buffer, at).map_err(Error::file("read", dir.join(&name)))?;
+                let n = file.read_at(&mut buffer, at).map_err(Error::file("read", &path))?;
                 if n == 0 {
                     break;
                 }
@@ -160,28 +173,52 @@ impl Image {
                 at += n as u64;
                 progress(n as u64);
             }
-            check_sum(&dir.join(name).display().to_string(), expected, crc)?;
+            check_sum(&path.display().to_string(), stock.crc32c, crc)?;
+            if !stock.stored.is_raw() {
+                self.data(*number)?.check()?;
+            }
         }
         Ok(())
     }
 }
 
 /// The manifest of the image in `dir`, checked by itself.
-pub(crate) fn manifest(dir: &Path) -> Result<Manifest> {
+pub(crate) fn manifest(dir: &Path, identities: &Identities) -> Result<Manifest> {
+    let missing =
+        |e: &Error| matches!(e, Error::File { source, .. } if source.kind() == io::ErrorKind::NotFound);
+    let sealed = format!("{}{}", Manifest::FILE, keys::SUFFIX);
     let manifest: Manifest = match read_file(dir, Manifest::FILE) {
         Ok(bytes) => body(Manifest::FILE, Kind::Manifest, &bytes)?,
-        Err(Error::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-            return Err(Error::NoImage { path: dir.to_owned() });
-        }
+        Err(e) if missing(&e) => match read_file(dir, &sealed) {
+            Ok(bytes) => body(&sealed, Kind::Manifest, &identities.decrypt_all(&sealed, &bytes, MAX_BODY)?)?,
+            Err(e) if missing(&e) => return Err(Error::NoImage { path: dir.to_owned() }),
+            Err(e) => return Err(e),
+        },
         Err(e) => return Err(e),
     };
     check::manifest(&manifest)?;
     Ok(manifest)
 }
 
-fn sizes(manifest: &Manifest) -> HashMap<u32, u64> {
-    let own = manifest.files.iter().filter_map(|f| Some((check::data_file_number(&f.name)?, f.size)));
-    own.chain(manifest.borrowed.iter().map(|b| (b.number, b.size))).collect()
+/// The body of a file of the image in `dir`.
+pub(crate) fn member(
+    dir: &Path,
+    manifest: &Manifest,
+    identities: &Identities,
+    name: &str,
+    kind: Kind,
+) -> Result<Vec<u8>> {
+    let file = manifest
+        .files
+        .iter()
+        .find(|f| f.name.strip_suffix(keys::SUFFIX).unwrap_or(&f.name) == name)
+        .ok_or_else(|| Error::damaged(Manifest::FILE, format!("it does not list `{name}`")))?;
+    let mut bytes = read_file(dir, &file.name)?;
+    check_sum(&file.name, file.crc32c, crc32c::crc32c(&bytes))?;
+    if file.name != name {
+        bytes = identities.decrypt_all(&file.name, &bytes, MAX_BODY)?;
+    }
+    header::decode(&file.name, kind, &bytes).map(<[u8]>::to_vec)
 }
 
 fn check_sum(name: &str, expected: u32, crc: u32) -> Result<()> {

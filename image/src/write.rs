@@ -7,20 +7,27 @@
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Serialize;
 
+use crate::chunk::{self, Chunk};
+use crate::data::Stored;
 use crate::description::Objects;
-use crate::extent::{Extents, PAGE, RECORD, Record, Where};
+use crate::encode::{Counted, Encoding, Place};
+use crate::extent::{Extents, RECORD, Record, Where};
 use crate::header::{self, Kind};
+use crate::keys;
 use crate::manifest::{ImageFile, Manifest};
 use crate::parent::{self, Borrowing};
 use crate::read::Image;
+use crate::stream::{Output, Stream};
 use crate::task::Task;
-use crate::{Error, Result};
+use crate::{Error, Result, check};
+
+pub use crate::data_file::DataFile;
 
 const PARTIAL: &str = ".torpor-partial-";
 
@@ -34,9 +41,13 @@ pub struct ImageWriter {
     /// Keeps other dumps out of `dir`.
     alone: Option<File>,
     files: Vec<ImageFile>,
+    chunks: Vec<Chunk>,
     index: Vec<u8>,
     fsync: bool,
     borrowing: Option<Borrowing>,
+    encoding: Encoding,
+    /// Instead of the directory.
+    stream: Option<Arc<Stream>>,
 }
 
 impl ImageWriter {
@@ -57,9 +68,33 @@ impl ImageWriter {
         result
     }
 
+    /// An image that goes to a stream instead.
+    pub fn to_stream(out: Box<dyn Output>) -> Self {
+        ImageWriter {
+            dir: PathBuf::new(),
+            made_dir: false,
+            partial: PathBuf::new(),
+            lock: None,
+            alone: None,
+            files: Vec::new(),
+            chunks: Vec::new(),
+            index: Vec::new(),
+            fsync: false,
+            borrowing: None,
+            encoding: Encoding::default(),
+            stream: Some(Arc::new(Stream::new(out))),
+        }
+    }
+
+    /// How its files are written from now on.
+    pub fn encode(mut self, encoding: Encoding) -> Self {
+        self.encoding = encoding;
+        self
+    }
+
     fn prepare(dir: &Path, made_dir: bool, fsync: bool) -> Result<Self> {
         let alone = alone_in(dir)?;
-        if dir.join(Manifest::FILE).symlink_metadata().is_ok() {
+        if manifests(dir).iter().any(|path| path.symlink_metadata().is_ok()) {
             return Err(Error::Occupied { path: dir.to_owned() });
         }
         remove_abandoned(dir)?;
@@ -72,9 +107,12 @@ impl ImageWriter {
             lock: None,
             alone,
             files: Vec::new(),
+            chunks: Vec::new(),
             index: Vec::new(),
             fsync,
             borrowing: None,
+            encoding: Encoding::default(),
+            stream: None,
         };
         let lock = File::open(&writer.partial).map_err(Error::file("open", &writer.partial))?;
         // A failure only means that another dump could take this one for abandoned.
@@ -85,26 +123,15 @@ impl ImageWriter {
 
     /// Opens data file number `number` for appending. Several may be written at once, each by one thread.
     pub fn data_file(&self, number: u32) -> Result<DataFile> {
-        let name = data_file_name(number);
-        let path = self.partial.join(&name);
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(Error::file("create", &path))?;
-        Ok(DataFile { file, path, name, number, size: 0, crc: 0 })
+        DataFile::create(number, &self.partial, self.stream.as_ref(), &self.encoding)
     }
 
     /// Takes a complete data file into the image; an empty one is dropped.
     pub fn add_data_file(&mut self, data: DataFile) -> Result<()> {
-        if data.size == 0 {
-            return fs::remove_file(&data.path).map_err(Error::file("remove", &data.path));
+        if let Some((file, chunks)) = data.finish(self.fsync)? {
+            self.files.push(file);
+            self.chunks.extend(chunks);
         }
-        if self.fsync {
-            data.file.sync_all().map_err(Error::file("fsync", &data.path))?;
-        }
-        self.files.push(ImageFile { name: data.name, size: data.size, crc32c: data.crc });
         Ok(())
     }
 
@@ -136,15 +163,27 @@ impl ImageWriter {
     pub fn finish(mut self, mut manifest: Manifest) -> Result<Manifest> {
         let index = std::mem::take(&mut self.index);
         self.add_body("pages.idx", Kind::Index, &index)?;
-        manifest.files = std::mem::take(&mut self.files);
         manifest.id = parent::new_id();
         if let Some(borrowing) = self.borrowing.take() {
             let used = used(&index);
             borrowing.note(&mut manifest, |number| used.contains(&number));
         }
+        let mut chunks = std::mem::take(&mut self.chunks);
+        let (mut files, sent) = self.stream.as_ref().map(|s| s.noted()).unwrap_or_default();
+        chunks.extend(sent);
+        if !self.encoding.is_raw() {
+            let body: Vec<u8> = chunks.iter().flat_map(Chunk::encode).collect();
+            self.add_body(chunk::FILE, Kind::Chunks, &body)?;
+        }
+        files.append(&mut self.files);
+        manifest.files = files;
         let body = encode("the manifest", &manifest)?;
-        self.write(Manifest::FILE, Kind::Manifest, &body)?;
-        let names = || manifest.files.iter().map(|f| f.name.as_str()).chain([Manifest::FILE]);
+        let name = self.write(Manifest::FILE, Kind::Manifest, &body)?.name;
+        if let Some(stream) = &self.stream {
+            stream.finish()?;
+            return Ok(manifest);
+        }
+        let names = || manifest.files.iter().map(|f| f.name.as_str()).chain([name.as_str()]);
         for (done, name) in names().enumerate() {
             let to = self.dir.join(name);
             if let Err(e) = fs::rename(self.partial.join(name), &to) {
@@ -170,26 +209,32 @@ impl ImageWriter {
     }
 
     fn write(&self, name: &str, kind: Kind, body: &[u8]) -> Result<ImageFile> {
-        let path = self.partial.join(name);
         let mut content = Vec::with_capacity(header::LEN + body.len());
         content.extend_from_slice(&header::encode(kind, body));
         content.extend_from_slice(body);
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(Error::file("create", &path))?;
-        file.write_all_at(&content, 0).map_err(Error::file("write", &path))?;
-        if self.fsync {
-            file.sync_all().map_err(Error::file("fsync", &path))?;
+        let mut name = name.to_owned();
+        if let Some(recipients) = &self.encoding.recipients {
+            content = recipients.encrypt_all(&content).map_err(Error::file("encrypt", &name))?;
+            name.push_str(keys::SUFFIX);
         }
-        Ok(ImageFile { name: name.to_owned(), size: content.len() as u64, crc32c: crc32c::crc32c(&content) })
+        let file = ImageFile { size: content.len() as u64, crc32c: crc32c::crc32c(&content), name };
+        if let Some(stream) = &self.stream {
+            stream.send(&file.name, &content)?;
+            return Ok(file);
+        }
+        let path = self.partial.join(&file.name);
+        let mut to = Counted::new(Place::File(create(&path)?));
+        io::Write::write_all(&mut to, &content).map_err(Error::file("write", &path))?;
+        to.sync(self.fsync).map_err(Error::file("fsync", &path))?;
+        Ok(file)
     }
 }
 
 impl Drop for ImageWriter {
     fn drop(&mut self) {
+        if self.stream.is_some() {
+            return;
+        }
         let _best_effort = fs::remove_dir_all(&self.partial);
         if self.made_dir {
             let _best_effort = fs::remove_dir(&self.dir);
@@ -197,55 +242,23 @@ impl Drop for ImageWriter {
     }
 }
 
-/// A data file being written.
-#[derive(Debug)]
-pub struct DataFile {
-    file: File,
-    path: PathBuf,
-    name: String,
-    number: u32,
-    size: u64,
-    crc: u32,
+/// A new file of an image.
+pub(crate) fn create(path: &Path) -> Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create_new(true).mode(0o600);
+    options.open(path).map_err(Error::file("create", path))
 }
 
-impl DataFile {
-    /// Its number, for [`Record::file`].
-    pub fn number(&self) -> u32 {
-        self.number
-    }
-
-    /// Where the next bytes will lie.
-    pub fn size(&self) -> u64 {
-        self.size
-    }
-
-    /// The open file, for those who write it in other ways than [`DataFile::append`].
-    pub fn as_raw_fd(&self) -> i32 {
-        self.file.as_raw_fd()
-    }
-
-    /// Appends `bytes`, filled up with zeros to a whole page, and says where they begin.
-    pub fn append(&mut self, bytes: &[u8]) -> Result<u64> {
-        let at = self.size;
-        self.put(bytes)?;
-        let rest = bytes.len() as u64 % PAGE;
-        if rest != 0 {
-            self.put(&[0u8; PAGE as usize][rest as usize..])?;
-        }
-        Ok(at)
-    }
-
-    fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all_at(bytes, self.size).map_err(Error::file("write", &self.path))?;
-        self.crc = crc32c::crc32c_append(self.crc, bytes);
-        self.size += bytes.len() as u64;
-        Ok(())
-    }
+/// The names that a manifest in `dir` may have.
+fn manifests(dir: &Path) -> [PathBuf; 2] {
+    [dir.join(Manifest::FILE), dir.join(format!("{}{}", Manifest::FILE, keys::SUFFIX))]
 }
 
 /// Name of data file `number`.
-pub fn data_file_name(number: u32) -> String {
-    format!("pages-{number}.dat")
+pub fn data_file_name(number: u32, stored: Stored) -> String {
+    let compression = stored.compression.map_or("", |c| c.suffix());
+    let encrypted = if stored.encrypted { keys::SUFFIX } else { "" };
+    format!("pages-{number}.dat{compression}{encrypted}")
 }
 
 fn encode<T: Serialize>(what: &'static str, value: &T) -> Result<Vec<u8>> {
@@ -266,8 +279,11 @@ fn alone_in(dir: &Path) -> Result<Option<File>> {
 /// Whether this is the name of a file of an image, which must not be overwritten: an image without its manifest may be
 /// all that is left of a process.
 fn is_of_image(name: &str) -> bool {
-    let number = |name: &str| Some(name.strip_prefix("pages-")?.strip_suffix(".dat")?.parse::<u32>().is_ok());
-    name == "pages.idx" || name.ends_with(".tpr") || number(name) == Some(true)
+    let inner = name.strip_suffix(keys::SUFFIX).unwrap_or(name);
+    inner == "pages.idx"
+        || inner == chunk::FILE
+        || inner.ends_with(".tpr")
+        || check::data_file(name).is_some()
 }
 
 /// Removes what dumps that died have left in `dir`.
@@ -286,7 +302,7 @@ fn remove_abandoned(dir: &Path) -> Result<()> {
         }
     }
     // Its manifest is written when all else is, and moved up last: one that still has it was moving the others.
-    let moving = abandoned.iter().any(|partial| partial.join(Manifest::FILE).exists());
+    let moving = abandoned.iter().any(|partial| manifests(partial).iter().any(|m| m.exists()));
     if let (Some(name), false) = (of_image.first(), moving) {
         return Err(Error::Remains { path: dir.to_owned(), name: name.clone() });
     }

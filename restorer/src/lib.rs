@@ -25,6 +25,7 @@ mod directory;
 mod epoll;
 mod error;
 mod eventfd;
+mod feed;
 mod holder;
 mod host;
 mod inet;

@@ -13,6 +13,7 @@ use torpor_image::vma::{Mapping, Vma};
 use torpor_parasite::call;
 use torpor_parasite::script::Script;
 
+use crate::feed::Range;
 use crate::plan::{Open, Planner};
 use crate::vma::{Begin, Early};
 
@@ -244,8 +245,6 @@ pub(crate) fn read(
     huge: bool,
 ) {
     for record in records.iter().filter(|r| r.place == Where::Data) {
-        let slot = planner.open(Open::Data { file: record.file });
-        let fd = planner.descriptor(slot);
         let (mut at, end) = (record.address + shift, record.address + shift + record.length);
         let mut populated = at;
         while at < end {
@@ -278,12 +277,7 @@ pub(crate) fn read(
                 populated = stop;
             }
             let offset = record.offset + (at - shift - record.address);
-            script.call_for(
-                purpose,
-                libc::SYS_pread64,
-                &[fd, at.into(), length.into(), offset.into()],
-                length as i64,
-            );
+            planner.contents(script, purpose, at, Range { file: record.file, offset, length });
             at = stop;
         }
     }

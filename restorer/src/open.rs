@@ -12,6 +12,7 @@ use torpor_image::vma::Mapping;
 use torpor_image::{DescriptionId, Image, InodeId, PipeId, PtyId};
 
 use crate::error::{Error, Result};
+use crate::feed::Sockets;
 use crate::made::Made;
 use crate::pipe::{Ends, io};
 use crate::plan::{Open, Options};
@@ -55,6 +56,8 @@ pub(crate) struct Opener<'i> {
     pub(crate) rings: crate::io_uring::Rings,
     /// Pseudo terminals.
     pub(crate) ptys: HashMap<PtyId, Pair>,
+    /// Our ends of what tasks receive contents from.
+    pub(crate) sockets: Sockets,
     pub(crate) progress: Option<&'i (dyn Fn(u64) + Sync)>,
     /// Asked now and then whether to give up.
     cancel: Option<fn() -> bool>,
@@ -86,6 +89,7 @@ impl<'i> Opener<'i> {
             terminals: Vec::new(),
             rings: HashMap::new(),
             ptys: HashMap::new(),
+            sockets: Sockets::default(),
             progress,
         }
     }
@@ -112,6 +116,10 @@ impl<'i> Opener<'i> {
                 let file = data.as_file().expect("contents that a task reads itself are stored as they are");
                 Ok(file.try_clone().map_err(|e| io("a data file", "dup", &e))?.into())
             }
+            Open::Feed { task } => self.sockets.make(*task).map_err(|errno| {
+                let what = format!("{}: what it is given", self.image.tasks[*task].title());
+                Error::Open { what, call: "socketpair", errno }
+            }),
             Open::Slave { pty } => pty::slave(self, *pty),
             Open::Zero => File::open("/dev/zero").map(OwnedFd::from).map_err(|e| io("/dev/zero", "open", &e)),
             Open::Directory { path } => nix::fcntl::open(

@@ -21,6 +21,7 @@ use torpor_parasite::wire::{Context, STACK, TRAPS};
 
 use crate::birth::{self, Helpers, word};
 use crate::error::{Error, Result};
+use crate::feed::Range;
 use crate::host::Host;
 use crate::lineage::{Lineage, Origin, Role, Stage};
 use crate::vma::{Begin, Early};
@@ -61,6 +62,8 @@ pub(crate) enum Open {
     Program { inode: InodeId },
     /// A data file of the image.
     Data { file: u32 },
+    /// Contents of data files that a task cannot read itself.
+    Feed { task: usize },
     /// The slave of a pseudo terminal, whether a task has it open or not.
     Slave { pty: PtyId },
     /// /dev/zero
@@ -75,6 +78,10 @@ pub(crate) struct Planner<'a> {
     pub(crate) host: &'a Host,
     opens: Vec<Open>,
     notes: Vec<String>,
+    /// What tasks are fed, in the order of their scripts.
+    pub(crate) feeds: BTreeMap<usize, Vec<Range>>,
+    /// The task whose scripts are made at this moment.
+    pub(crate) turn: usize,
 }
 
 impl Planner<'_> {
@@ -151,6 +158,7 @@ pub struct Plan {
     /// What will differ from the dump, in words.
     pub notes: Vec<String>,
     pub(crate) opens: Vec<Open>,
+    pub(crate) feeds: BTreeMap<usize, Vec<Range>>,
     /// What each slot is, in words.
     pub(crate) names: Vec<String>,
     pub(crate) place: Place,
@@ -178,7 +186,8 @@ impl Plan {
 
 /// Plans the restore of an image on a host.
 pub fn plan(image: &Image, host: &Host, options: &Options) -> Result<Plan> {
-    let mut planner = Planner { image, host, opens: Vec::new(), notes: Vec::new() };
+    let (opens, feeds) = (Vec::new(), BTreeMap::new());
+    let mut planner = Planner { image, host, opens, notes: Vec::new(), feeds, turn: 0 };
     notes(&mut planner);
     for task in &image.tasks {
         fits(&mut planner, task)?;
@@ -211,6 +220,7 @@ pub fn plan(image: &Image, host: &Host, options: &Options) -> Result<Plan> {
     let place = Place { park, blob, arena, arena_length, segments };
     let scratch = shared.iter().map(|i| i.id).zip(places).collect();
     planner.opens.clear();
+    planner.feeds.clear();
     let scripts = self::scripts(&mut planner, &lineage, place, &scratch, options)?;
 
     description::in_flight(&mut planner);
@@ -224,6 +234,7 @@ pub fn plan(image: &Image, host: &Host, options: &Options) -> Result<Plan> {
     Ok(Plan {
         notes: planner.notes,
         opens: planner.opens,
+        feeds: planner.feeds,
         names,
         place,
         trap,
@@ -272,6 +283,7 @@ fn scripts(
     let helpers = Helpers::of(lineage, take(0));
 
     let earlies = earlies(image, lineage);
+    planner.turn = 0;
     let begin = begin(planner, place, scratch);
     let mut births = Vec::with_capacity(lineage.nodes.len());
     for (i, node) in lineage.nodes.iter().enumerate() {
@@ -280,6 +292,7 @@ fn scripts(
             continue;
         };
         let task = &image.tasks[index];
+        planner.turn = index;
         let terminal = terminal::controlling(planner, task);
         let session = |script: &mut Script| terminal::take(script, terminal);
         let begins = begins(image, lineage, &earlies, i);
@@ -293,6 +306,7 @@ fn scripts(
     }
     let mut tasks = Vec::with_capacity(image.tasks.len());
     for (i, first) in first_threads.into_iter().enumerate() {
+        planner.turn = i;
         tasks.push(plan_task(planner, lineage, &earlies, i, first, place, scratch, options)?);
     }
     let helpers = helpers.scripts(lineage);

@@ -50,6 +50,7 @@ pub(crate) fn name(image: &Image, open: &Open) -> String {
         }
         Open::Program { inode } => format!("program {}", image.objects.inodes[inode.0 as usize].name()),
         Open::Data { file } => format!("data file {file} of the image"),
+        Open::Feed { task } => format!("contents of data files that {} is given", image.tasks[*task].title()),
         Open::Slave { pty } => {
             format!("{} as a controlling terminal", image.objects.ptys[pty.0 as usize].path)
         }

@@ -18,6 +18,7 @@ use torpor_parasite::wire::{Context, Heal, STACK, command, heal, kind, state};
 use crate::arena::Arena;
 use crate::birth::word;
 use crate::error::{Error, Result};
+use crate::feed::Feeds;
 use crate::host::Host;
 use crate::late::{self, Moment};
 use crate::open::Opener;
@@ -57,6 +58,8 @@ struct Building<'i> {
     traced: Vec<Vec<Tid>>,
     /// Whether the root was made.
     born: bool,
+    /// While tasks receive contents.
+    feeds: Option<Feeds>,
     done: bool,
     _bound_to_thread: PhantomData<*const ()>,
 }
@@ -73,6 +76,7 @@ pub fn prepare<'i>(
         opener: Opener::new(image, &plan_.options, progress),
         traced: vec![Vec::new(); image.tasks.len()],
         born: false,
+        feeds: None,
         done: false,
         _bound_to_thread: PhantomData,
     };
@@ -157,12 +161,14 @@ impl Building<'_> {
         if built.is_err() {
             self.take_down(plan, &layout, &mut arena);
         }
-        built
+        // What could not be decoded is why a task failed.
+        self.fed().and(built)
     }
 
     /// Ends all that was made. Those that are not traced yet wait for shared words: they find them set, go on to
     /// the end of their scripts, notice that nobody traces them, and exit.
     fn take_down(&mut self, plan: &Plan, layout: &Layout, arena: &mut Arena) {
+        self.feeds.iter().for_each(Feeds::stop);
         self.kill_traced();
         for word in [word::ROOT, word::THREADS, word::BORN, word::TURNS, word::JOINED, word::TRACED] {
             arena.release(word);
@@ -198,6 +204,9 @@ impl Building<'_> {
                 let seat = self.seat(plan, layout, task, phase);
                 self.finish(seat, plan, arena)?;
             }
+            if phase == 0 {
+                self.fed()?;
+            }
             let after = plan.tasks[0].threads_after;
             if phase == after {
                 for task in &plan.tasks {
@@ -224,6 +233,11 @@ impl Building<'_> {
         sysv::settle(&mut self.opener)?;
         mqueue::settle(&mut self.opener)?;
         Ok(())
+    }
+
+    /// Ends the feeding of tasks: all have their contents, or have failed.
+    fn fed(&mut self) -> Result<()> {
+        self.feeds.take().map_or(Ok(()), Feeds::finish)
     }
 
     /// Writes contexts and scripts.

@@ -393,6 +393,13 @@ impl Victim {
         self.reap()
     }
 
+    /// Waits until it and `members` are gone, after a dump that has ended them.
+    pub fn gone(&mut self, members: Vec<i32>) -> Outcome {
+        self.ended = members;
+        self.ended.retain(|pid| *pid != self.pid);
+        self.reap()
+    }
+
     fn expect_end(&mut self, image: &Path, before: Vec<i32>) -> Outcome {
         let manifest = torpor_image::Image::open(image).map_err(|e| e.to_string())?.manifest;
         let zombies = manifest.zombies.iter().map(|z| z.pid.0);

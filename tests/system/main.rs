@@ -4,6 +4,7 @@
 //! only start, dump, restore and ask.
 
 mod connections;
+mod encoding;
 mod faults;
 mod files;
 mod golden;
@@ -40,6 +41,7 @@ fn main() {
     trials.extend(obstacles::trials());
     trials.extend(pty::trials());
     trials.extend(io_uring::trials());
+    trials.extend(encoding::trials());
     if !torpor_tests::is_root() {
         eprintln!("not root: tests that need it are ignored");
         trials = trials.into_iter().map(|t| t.with_ignored_flag(true)).collect();

@@ -1,5 +1,6 @@
 //! Bringing the processes of a tree into being, and seeing to it that each is whose child it is to be.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use torpor_kernel::ids::{Pid, Tid};
@@ -10,6 +11,7 @@ use super::{Building, PATIENCE, Seat};
 use crate::arena::Arena;
 use crate::birth::{self, word};
 use crate::error::{Error, Result};
+use crate::feed::Feeds;
 use crate::plan::{Layout, Plan};
 
 impl Building<'_> {
@@ -25,6 +27,9 @@ impl Building<'_> {
         )?;
         self.born = true;
         self.trace(0, root.pid.0)?;
+        // Not before the root is made: our memory would have to be copied wherever they write to it.
+        let taken = self.wanted_ids(plan);
+        self.feeds = Feeds::start(self.image, &plan.feeds, &mut self.opener.sockets, &taken)?;
         arena.go(word::ROOT);
         let tid = Tid(root.pid.0);
         let mut seats: Vec<Seat<'_>> = Vec::new();
@@ -52,6 +57,12 @@ impl Building<'_> {
             self.finish(seat, plan, arena)?;
         }
         self.check_relations(plan)
+    }
+
+    /// Every id that somebody is to have.
+    fn wanted_ids(&self, plan: &Plan) -> BTreeSet<i32> {
+        let threads = self.image.tasks.iter().flat_map(|t| &t.threads).map(|t| t.tid.0);
+        plan.lineage.nodes.iter().map(|node| node.pid).chain(threads).collect()
     }
 
     /// Waits until all are born and in their groups; an error when one of them has failed.
