@@ -35,6 +35,8 @@ pub enum Exit {
     Output,
     /// 10: a limit was hit: of open files, of processes, of memory.
     Limit,
+    /// 11: memory that was to come later could not be read, and the restored tree was ended.
+    Lost,
     /// An attached restore: the status of the program itself.
     Program(u8),
 }
@@ -54,6 +56,7 @@ impl Exit {
             Exit::Conflict => 8,
             Exit::Output => 9,
             Exit::Limit => 10,
+            Exit::Lost => 11,
             Exit::Program(status) => status,
         }
     }
@@ -99,6 +102,7 @@ fn of_restore(error: &RestoreError) -> Exit {
         RestoreError::Conflict { .. } | RestoreError::Fleeting { .. } => Exit::Conflict,
         RestoreError::Permission { .. } => Exit::Permission,
         RestoreError::Limit { .. } => Exit::Limit,
+        RestoreError::Lost { .. } => Exit::Lost,
         RestoreError::Open { errno, .. } | RestoreError::Script { errno, .. } => of_restore_errno(*errno),
         RestoreError::Kernel { source, .. } => source.errno().map_or(Exit::Unexpected, of_restore_errno),
         _ => Exit::Unexpected,

@@ -10,6 +10,7 @@ mod demo;
 mod dump;
 pub mod exit;
 mod held;
+mod lazy;
 mod names;
 mod output;
 mod pidfile;

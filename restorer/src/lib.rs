@@ -34,6 +34,7 @@ mod io_uring;
 mod ip;
 mod kept;
 mod late;
+pub mod lazy;
 mod lease;
 mod lineage;
 mod lock;

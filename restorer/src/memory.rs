@@ -13,6 +13,7 @@ use torpor_image::vma::{Mapping, Vma};
 use torpor_parasite::call;
 use torpor_parasite::script::Script;
 
+use crate::lazy;
 use crate::plan::{Open, Planner};
 use crate::vma::{Begin, Early};
 
@@ -29,13 +30,14 @@ const MADV_COLLAPSE: i32 = 25;
 const MADV_GUARD_INSTALL: i32 = 102;
 const MADV_GUARD_REMOVE: i32 = 103;
 
-/// Plans the contents of private `areas` of a task, as far as it does not begin with them.
+/// Plans the contents of private `areas` of a task, as far as it does not begin with them and they do not wait.
 pub(crate) fn fill(
     script: &mut Script,
     planner: &mut Planner<'_>,
     task: &Task,
     areas: &[&Vma],
     begin: Begin<'_>,
+    waiting: &[Record],
 ) {
     let image = planner.image;
     if let Begin::With(parent, _) = begin {
@@ -63,7 +65,7 @@ pub(crate) fn fill(
                 // Anonymous memory is zero; a private mapping of a file is not.
                 Where::Zero if matches!(vma.mapping, Mapping::Private { .. }) => zero(script, planner, part),
                 Where::Zero => {}
-                Where::Data => read(script, planner, &[part], 0, huge),
+                Where::Data => read(script, planner, &lazy::rest(part, waiting), 0, huge),
                 Where::Guard => {
                     let purpose = format!("guard pages at {at:x}");
                     call!(script, purpose, libc::SYS_madvise, at, part.length, MADV_GUARD_INSTALL);

@@ -11,6 +11,7 @@
 use std::collections::BTreeMap;
 
 use torpor_image::description::Kind;
+use torpor_image::extent::Record;
 use torpor_image::task::Task;
 use torpor_image::unix::State;
 use torpor_image::vma::Vma;
@@ -22,6 +23,7 @@ use torpor_parasite::wire::{Context, STACK, TRAPS};
 use crate::birth::{self, Helpers, word};
 use crate::error::{Error, Result};
 use crate::host::Host;
+use crate::lazy::{self, Deferred, Lazy};
 use crate::lineage::{Lineage, Origin, Role, Stage};
 use crate::vma::{Begin, Early};
 use crate::{
@@ -42,6 +44,8 @@ pub struct Options {
     /// The restored root will outlive the process that restores it: a parent death signal, which was about
     /// another parent, is not set again.
     pub detach: bool,
+    /// Let the tree run before its memory is there.
+    pub lazy: Option<Lazy>,
     /// Asked now and then whether to give up.
     pub cancel: Option<fn() -> bool>,
 }
@@ -141,6 +145,8 @@ pub(crate) struct TaskPlan {
     pub(crate) oom_score_adj: Option<i32>,
     /// /proc/PID/coredump_filter, where it must change.
     pub(crate) coredump_filter: Option<u32>,
+    /// What of its memory comes when it runs already.
+    pub(crate) deferred: Option<Deferred>,
     /// A system call instruction in the restored memory, for the last call of all.
     pub(crate) last_call: u64,
 }
@@ -287,7 +293,7 @@ fn scripts(
             task.memory.vmas.iter().filter(|v| earlies[index].contains(&v.start)).collect();
         let fill = |script: &mut Script| {
             vma::begin(script, planner.host, task, begins, place.park);
-            fill(script, planner, task, &early, begins, place, scratch);
+            fill(script, planner, task, &early, begins, &[], place, scratch);
         };
         births.push(birth::plan(image, host, lineage, i, &helpers, session, fill));
     }
@@ -349,20 +355,22 @@ fn begins<'a>(image: &'a Image, lineage: &Lineage, earlies: &'a [Early], i: usiz
     }
 }
 
-/// Makes these areas of a task complete.
+/// Makes these areas of a task complete, but for what waits.
+#[expect(clippy::too_many_arguments, reason = "what one task is, and where everything lies")]
 fn fill(
     script: &mut Script,
     planner: &mut Planner<'_>,
     task: &Task,
     areas: &[&Vma],
     begins: Begin<'_>,
+    waiting: &[Record],
     place: Place,
     scratch: &BTreeMap<InodeId, u64>,
 ) {
     io_uring::map(script, planner, task, areas, begins, place, scratch);
     vma::map(script, planner, task, areas, begins, scratch);
     sysv_shm::plan(script, planner.image, areas, begins, place.segments);
-    memory::fill(script, planner, task, areas, begins);
+    memory::fill(script, planner, task, areas, begins, waiting);
     vma::finish(script, planner, task, areas, begins);
 }
 
@@ -384,6 +392,7 @@ fn plan_task(
     let mut phase = |name, script| phases.push(Phase { name, script });
 
     let mut script = Script::new();
+    let mut deferred = None;
     if shares.memory.is_none() {
         let begins = begins(image, lineage, earlies, index);
         if lineage.made_by(index, Stage::Filled).next().is_none() {
@@ -391,7 +400,12 @@ fn plan_task(
         }
         let late = |v: &&Vma| !earlies[index].contains(&v.start);
         let late: Vec<&Vma> = task.memory.vmas.iter().filter(late).collect();
-        fill(&mut script, planner, task, &late, begins, place, scratch);
+        let waiting = match options.lazy {
+            Some(_) => lazy::records(image, task, &late, begins),
+            None => Vec::new(),
+        };
+        fill(&mut script, planner, task, &late, begins, &waiting, place, scratch);
+        deferred = lazy::plan(&mut script, task, waiting);
         for (id, at) in scratch {
             let size = image.objects.inodes[id.0 as usize].size.next_multiple_of(PAGE);
             call!(script, format!("shared memory {id}"), libc::SYS_munmap, *at, size);
@@ -476,6 +490,7 @@ fn plan_task(
         owns_memory: shares.memory.is_none(),
         oom_score_adj: (task.oom_score_adj != host.oom_score_adj).then_some(task.oom_score_adj),
         coredump_filter: task.memory.coredump_filter.filter(|f| Some(*f) != host.coredump_filter),
+        deferred,
         last_call: last_call(planner.image, task)?,
     })
 }

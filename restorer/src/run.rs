@@ -2,6 +2,7 @@
 
 mod born;
 mod complete;
+mod deferred;
 mod failed;
 
 use std::marker::PhantomData;
@@ -20,6 +21,7 @@ use crate::birth::word;
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::late::{self, Moment};
+use crate::lazy::Serving;
 use crate::open::Opener;
 use crate::plan::{Layout, Open, Plan, SHARED, TaskPlan, layout, plan};
 use crate::{directory, inode, io_uring, mqueue, rules, sysv, terminal, unix};
@@ -37,15 +39,21 @@ pub struct Prepared<'i> {
 }
 
 /// A tree that runs.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct Running {
     pid: i32,
+    serving: Option<Serving>,
 }
 
 impl Running {
     /// The root's pid: a child of this process.
     pub fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// What serves its memory, if not all of that is there yet.
+    pub fn serving(&mut self) -> Option<Serving> {
+        self.serving.take()
     }
 }
 
@@ -58,6 +66,8 @@ struct Building<'i> {
     /// Whether the root was made.
     born: bool,
     done: bool,
+    /// Serves memory that comes later.
+    serving: Option<Serving>,
     _bound_to_thread: PhantomData<*const ()>,
 }
 
@@ -74,6 +84,7 @@ pub fn prepare<'i>(
         traced: vec![Vec::new(); image.tasks.len()],
         born: false,
         done: false,
+        serving: None,
         _bound_to_thread: PhantomData,
     };
     directory::make(&mut building.opener)?;
@@ -124,7 +135,7 @@ impl Prepared<'_> {
     pub fn resume(mut self, stopped: bool) -> Running {
         let pid = self.pid();
         self.building.release(stopped);
-        Running { pid }
+        Running { pid, serving: self.building.serving.take() }
     }
 
     /// Takes down everything that was made.
@@ -197,6 +208,9 @@ impl Building<'_> {
             for task in 0..plan.tasks.len() {
                 let seat = self.seat(plan, layout, task, phase);
                 self.finish(seat, plan, arena)?;
+            }
+            if phase == 0 {
+                self.serve(plan, layout, arena)?;
             }
             let after = plan.tasks[0].threads_after;
             if phase == after {
@@ -404,6 +418,9 @@ impl Building<'_> {
         // Should we die between two of these, those already let go must not be killed with the others.
         for tid in self.traced.iter().flatten() {
             let _gone = ptrace::set_options(*tid, 0);
+        }
+        if let Some(serving) = &self.serving {
+            serving.go();
         }
         for tid in self.traced.iter().flatten() {
             // One that was killed meanwhile needs no letting go.
