@@ -27,8 +27,7 @@ pub(crate) fn wanted(args: &RestoreArgs) -> anyhow::Result<Option<Lazy>> {
     if !args.lazy {
         return Ok(None);
     }
-    let mut lazy = Lazy::default();
-    lazy.record = args.record.is_some();
+    let mut lazy = Lazy { record: args.record.is_some(), ..Lazy::default() };
     if let Some(path) = &args.working_set {
         let text = std::fs::read_to_string(path).map_err(|e| unreadable(path, &e.to_string()))?;
         lazy.first = parse(&text).map_err(|why| unreadable(path, &why))?;
@@ -113,10 +112,7 @@ pub(crate) fn stay(told: Told, serving: Option<Serving>, record: Option<&Path>) 
     let _never_fails = SigSet::all().thread_block();
     release_output();
     let _gone = std::fs::File::from(told.0).write_all(b"1");
-    finish(serving, record).or_else(|e| {
-        log(&format!("torpor: {e}"));
-        Err(e)
-    })
+    finish(serving, record).inspect_err(|e| log(&format!("torpor: {e}")))
 }
 
 /// Waits until all memory is there, and writes down what was needed first.
@@ -135,7 +131,8 @@ pub(crate) fn finish(serving: Option<Serving>, record: Option<&Path>) -> anyhow:
 fn release_output() {
     let Ok(null) = std::fs::File::options().read(true).write(true).open("/dev/null") else { return };
     for fd in 0..3 {
-        let mut found: libc::stat = unsafe_zeroed();
+        // SAFETY: an all-zero stat is a valid one.
+        let mut found: libc::stat = unsafe { std::mem::zeroed() };
         // SAFETY: a number and a structure of ours.
         let is_file =
             unsafe { libc::fstat(fd, &raw mut found) } == 0 && found.st_mode & libc::S_IFMT == libc::S_IFREG;
@@ -144,11 +141,6 @@ fn release_output() {
             unsafe { libc::dup2(null.as_raw_fd(), fd) };
         }
     }
-}
-
-fn unsafe_zeroed() -> libc::stat {
-    // SAFETY: an all-zero stat is a valid one.
-    unsafe { std::mem::zeroed() }
 }
 
 /// Nobody may look at our output any more: the system's log has it, too.

@@ -20,6 +20,7 @@ mod address;
 mod arena;
 mod birth;
 mod credentials;
+mod crew;
 mod description;
 mod directory;
 mod epoll;

@@ -1,8 +1,8 @@
 //! Planning how contents get into memory: by reads of the task itself from the data files.
 //!
 //! A page fault costs more than the copy (research/fast.md), so faults are avoided: where a huge page fits
-//! whole, one touch and `MADV_COLLAPSE` make it at once, without changing the area's flags; longer runs of
-//! small pages are populated in one call before they are read. Each call of `MADV_COLLAPSE` waits until every processor
+//! whole, one touch and `MADV_COLLAPSE` make it at once, without changing the area's flags; runs of small pages are
+//! populated in one call before they are read, half a MiB at a time, which is still in the cache then. Each call of `MADV_COLLAPSE` waits until every processor
 //! has emptied its lists of new pages (mm/khugepaged.c, `lru_add_drain_all`), which takes long on a busy machine, so
 //! it is made for many huge pages at once.
 
@@ -13,17 +13,17 @@ use torpor_image::vma::{Mapping, Vma};
 use torpor_parasite::call;
 use torpor_parasite::script::Script;
 
-use crate::lazy;
 use crate::plan::{Open, Planner};
 use crate::vma::{Begin, Early};
+use crate::{crew, lazy};
 
-const HUGE: u64 = 2 << 20;
+pub(crate) const HUGE: u64 = 2 << 20;
 /// Memory that is made of huge pages by one call.
 const COLLAPSED: u64 = 64 << 20;
 /// Below this a population call costs more than the faults it saves.
 const POPULATE: u64 = 64 << 10;
-/// A read transfers at most a little under 2 GiB (read(2)).
-const LONGEST: u64 = 1 << 30;
+/// Small pages that are made by one call and then read: they are in the processor's cache by then.
+const POPULATED: u64 = 512 << 10;
 /// asm-generic/mman-common.h
 const MADV_POPULATE_WRITE: i32 = 23;
 const MADV_COLLAPSE: i32 = 25;
@@ -40,6 +40,7 @@ pub(crate) fn fill(
     waiting: &[Record],
 ) {
     let image = planner.image;
+    let mut work = Vec::new();
     if let Begin::With(parent, _) = begin {
         for vma in areas.iter().filter(|v| v.private() && begin.kept(v).is_some()) {
             change(script, planner, task, vma, &changes(image, task, parent, vma));
@@ -65,7 +66,7 @@ pub(crate) fn fill(
                 // Anonymous memory is zero; a private mapping of a file is not.
                 Where::Zero if matches!(vma.mapping, Mapping::Private { .. }) => zero(script, planner, part),
                 Where::Zero => {}
-                Where::Data => read(script, planner, &lazy::rest(part, waiting), 0, huge),
+                Where::Data => work.extend(lazy::rest(part, waiting).into_iter().map(|r| (r, huge))),
                 Where::Guard => {
                     let purpose = format!("guard pages at {at:x}");
                     call!(script, purpose, libc::SYS_madvise, at, part.length, MADV_GUARD_INSTALL);
@@ -74,6 +75,7 @@ pub(crate) fn fill(
             at = stop;
         }
     }
+    crew::read(script, planner, task, work);
 }
 
 /// What must be done to a part of an area that a task keeps from its parent.
@@ -249,7 +251,6 @@ pub(crate) fn read(
         let slot = planner.open(Open::Data { file: record.file });
         let fd = planner.descriptor(slot);
         let (mut at, end) = (record.address + shift, record.address + shift + record.length);
-        let mut populated = at;
         while at < end {
             let whole = huge && at.is_multiple_of(HUGE) && end - at >= HUGE;
             let stop = if whole {
@@ -261,7 +262,7 @@ pub(crate) fn read(
             } else {
                 end
             };
-            let stop = stop.min(at + LONGEST);
+            let stop = if whole { stop } else { stop.min((at + POPULATED) & !(POPULATED - 1)) };
             let length = stop - at;
             let purpose = format!("contents of memory {at:x}-{stop:x}");
             if whole {
@@ -271,13 +272,9 @@ pub(crate) fn read(
                 }
                 let args = [at.into(), length.into(), MADV_COLLAPSE.into()];
                 script.try_call(purpose.clone(), libc::SYS_madvise, &args);
-            } else if length >= POPULATE && at >= populated {
-                script.try_call(
-                    purpose.clone(),
-                    libc::SYS_madvise,
-                    &[at.into(), length.into(), MADV_POPULATE_WRITE.into()],
-                );
-                populated = stop;
+            } else if length >= POPULATE {
+                let args = [at.into(), length.into(), MADV_POPULATE_WRITE.into()];
+                script.try_call(purpose.clone(), libc::SYS_madvise, &args);
             }
             let offset = record.offset + (at - shift - record.address);
             script.call_for(

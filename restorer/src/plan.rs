@@ -21,6 +21,7 @@ use torpor_parasite::script::{Placed, Script, Value};
 use torpor_parasite::wire::{Context, STACK, TRAPS};
 
 use crate::birth::{self, Helpers, word};
+use crate::crew::{Crew, Hand};
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::lazy::{self, Deferred, Lazy};
@@ -77,6 +78,7 @@ pub(crate) enum Open {
 pub(crate) struct Planner<'a> {
     pub(crate) image: &'a Image,
     pub(crate) host: &'a Host,
+    pub(crate) crew: Crew,
     opens: Vec<Open>,
     notes: Vec<String>,
 }
@@ -169,6 +171,8 @@ pub struct Plan {
     pub(crate) births: Vec<Script>,
     /// Of those that only help others.
     pub(crate) helpers: Vec<Script>,
+    /// The last of them read the memory of big processes.
+    pub(crate) crew: Vec<Hand>,
     pub(crate) tasks: Vec<TaskPlan>,
     /// What each node is, in words.
     pub(crate) titles: Vec<String>,
@@ -184,7 +188,7 @@ impl Plan {
 
 /// Plans the restore of an image on a host.
 pub fn plan(image: &Image, host: &Host, options: &Options) -> Result<Plan> {
-    let mut planner = Planner { image, host, opens: Vec::new(), notes: Vec::new() };
+    let mut planner = Planner { image, host, crew: Crew::default(), opens: Vec::new(), notes: Vec::new() };
     notes(&mut planner);
     for task in &image.tasks {
         fits(&mut planner, task)?;
@@ -236,6 +240,7 @@ pub fn plan(image: &Image, host: &Host, options: &Options) -> Result<Plan> {
         begin: scripts.begin,
         births: scripts.births,
         helpers: scripts.helpers,
+        crew: planner.crew.hands,
         tasks: scripts.tasks,
         lineage,
         titles,
@@ -276,6 +281,8 @@ fn scripts(
         .map(|t| take(t.threads.len() as u32 - u32::from(t.leader_ended.is_none())))
         .collect();
     let helpers = Helpers::of(lineage, take(0));
+    let processors = host.affinity.iter().map(|b| b.count_ones() as usize).sum();
+    planner.crew = Crew::of(image, processors, take(0) + helpers.0.len() as u32);
 
     let earlies = earlies(image, lineage);
     let begin = begin(planner, place, scratch);
@@ -301,7 +308,8 @@ fn scripts(
     for (i, first) in first_threads.into_iter().enumerate() {
         tasks.push(plan_task(planner, lineage, &earlies, i, first, place, scratch, options)?);
     }
-    let helpers = helpers.scripts(lineage);
+    let mut helpers = helpers.scripts(lineage);
+    helpers.append(&mut planner.crew.scripts);
     Ok(Scripts { begin, births, helpers, tasks })
 }
 
@@ -404,7 +412,9 @@ fn plan_task(
             Some(_) => lazy::records(image, task, &late, begins),
             None => Vec::new(),
         };
+        planner.crew.task = Some(index);
         fill(&mut script, planner, task, &late, begins, &waiting, place, scratch);
+        planner.crew.task = None;
         deferred = lazy::plan(&mut script, task, waiting);
         for (id, at) in scratch {
             let size = image.objects.inodes[id.0 as usize].size.next_multiple_of(PAGE);

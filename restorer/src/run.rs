@@ -210,6 +210,7 @@ impl Building<'_> {
                 self.finish(seat, plan, arena)?;
             }
             if phase == 0 {
+                self.check_crew(plan, layout, arena)?;
                 self.serve(plan, layout, arena)?;
             }
             let after = plan.tasks[0].threads_after;

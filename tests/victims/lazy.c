@@ -5,10 +5,6 @@
 #define THREADS 4
 #define BLOCK 128 /* pages */
 #define MOST 2048
-#ifndef MADV_GUARD_INSTALL
-#define MADV_GUARD_INSTALL 102
-#define MADV_GUARD_REMOVE 103
-#endif
 static int blocks;
 struct own {
     int number;
@@ -18,7 +14,6 @@ struct own {
     volatile uint64_t rounds;
 };
 static struct own *own[THREADS];
-static int guards;
 
 static uint64_t any(struct own *o, uint64_t below) { return mix(o->random += 0x9e3779b97f4a7c15) % below; }
 static void check_page(struct own *o, int b, int p, const char *after) {
@@ -40,7 +35,7 @@ static void step(struct own *o) {
     int b = any(o, blocks), from = any(o, BLOCK), n = 1 + any(o, BLOCK - from);
     char *at = o->at[b] + from * 4096;
     size_t size = n * 4096;
-    switch (any(o, 12)) {
+    switch (any(o, 11)) {
     case 0: case 1: /* thrown away */
         CHECK(!madvise(at, size, MADV_DONTNEED));
         memset(&o->seed[b][from], 0, n * sizeof o->seed[b][0]);
@@ -104,13 +99,7 @@ static void step(struct own *o) {
         close(ends[0]); close(ends[1]);
         break;
     }
-    case 8: /* guard pages and back: they are zero then */
-        if (!guards || madvise(at, size, MADV_GUARD_INSTALL)) break;
-        memset(&o->seed[b][from], 0, n * sizeof o->seed[b][0]);
-        CHECK(!madvise(at, size, MADV_GUARD_REMOVE));
-        check_page(o, b, from, "after guard pages");
-        break;
-    case 9: { /* in pieces: shrunk, then grown again */
+    case 8: { /* in pieces: shrunk, then grown again */
         if (from == 0) break;
         CHECK(mremap(o->at[b], BLOCK * 4096, from * 4096, 0) == o->at[b]);
         memset(&o->seed[b][from], 0, (BLOCK - from) * sizeof o->seed[b][0]);
@@ -136,7 +125,6 @@ static __attribute__((noreturn)) void *work(void *arg) {
 int main(int argc, char **argv) {
     begin(argc, argv);
     size_t mib = argc > 3 ? atoi(argv[3]) : 64;
-    guards = argc > 4 && !strcmp(argv[4], "guards");
     blocks = (int)(mib * 256 / BLOCK / THREADS);
     if (blocks > MOST) blocks = MOST;
     for (int t = 0; t < THREADS; t++) {

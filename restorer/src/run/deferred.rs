@@ -8,6 +8,7 @@ use std::os::fd::AsFd;
 use torpor_kernel::fds;
 use torpor_kernel::ids::Pid;
 use torpor_kernel::uffd::Userfaultfd;
+use torpor_parasite::wire::state;
 
 use super::Building;
 use crate::arena::Arena;
@@ -16,6 +17,22 @@ use crate::lazy::{Served, Serving};
 use crate::plan::{Layout, Plan};
 
 impl Building<'_> {
+    /// Whether those that helped to read memory did all of their work; they have ended by now.
+    pub(super) fn check_crew(&self, plan: &Plan, layout: &Layout, arena: &mut Arena) -> Result<()> {
+        let first = plan.helpers.len() - plan.crew.len();
+        for (hand, i) in plan.crew.iter().zip(first..) {
+            let (script, placed) = (&plan.helpers[i], layout.helpers[i]);
+            let (context, title) = (plan.first_helper() + i, self.image.tasks[hand.task].title());
+            if arena.context(context).state == state::FAILED {
+                return Err(self.failure(&title, script, placed, arena, context));
+            }
+            if script.outcome(placed, arena.bytes()).result(hand.through) <= 0 {
+                return Err(self.died(hand.task, "one that helped it was killed"));
+            }
+        }
+        Ok(())
+    }
+
     /// Takes the descriptors that the tasks have made, and serves what waits.
     pub(super) fn serve(&mut self, plan: &Plan, layout: &Layout, arena: &mut Arena) -> Result<()> {
         let Some(lazy) = &plan.options.lazy else { return Ok(()) };
