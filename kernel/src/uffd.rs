@@ -139,6 +139,13 @@ impl Userfaultfd {
         let _none = self.ioctl(UFFDIO_WAKE, "UFFDIO_WAKE", &mut argument);
     }
 
+    /// Wakes all who wait for a page: those whose fault was read by somebody who is gone tell of it again.
+    pub fn wake_all(&self) {
+        let start = 1 << 16;
+        let mut argument = [start, arch::TASK_SIZE - start];
+        let _none = self.ioctl(UFFDIO_WAKE, "UFFDIO_WAKE", &mut argument);
+    }
+
     /// Whether no call that changes the memory is under way whose event was not read.
     pub fn quiet(&self) -> bool {
         self.copy(0, &[]).1 != Some(Errno::EAGAIN)

@@ -138,8 +138,7 @@ fn restore(victim: &Victim, image: &Path, options: &[&str]) -> Outcome<i32> {
         }
         let text = said.expect(0)?;
         let at = text.find("\"server\":").ok_or("no server")? + 9;
-        let digits: String =
-            text[at..].trim_start().chars().take_while(char::is_ascii_digit).collect(&victim);
+        let digits: String = text[at..].trim_start().chars().take_while(char::is_ascii_digit).collect();
         return digits.parse().map_err(|e| format!("{text}: {e}"));
     }
 }
@@ -196,11 +195,7 @@ fn cut_off() -> Outcome {
         .stderr(said)
         .spawn()
         .map_err(|e| e.to_string())?;
-    let deadline = Instant::now() + PATIENCE;
-    while state(victim.pid).is_none() || state(victim.pid) == Some('t') {
-        ensure!(Instant::now() < deadline, "it is not restored");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    victim.ticks_from(before, 1)?;
     file.set_len(length / 8).map_err(|e| e.to_string())?;
     let status = child.wait().map_err(|e| e.to_string())?;
     let said = fs::read_to_string(victim.dir.path().join("torpor-said")).unwrap_or_default();

@@ -216,6 +216,8 @@ unsafe fn is_userfaultfd(dir: i32, name: *const libc::c_char) -> bool {
 fn end_waiting(fd: i32) -> bool {
     // SAFETY: a descriptor of this table, of which nobody else takes care any more; it is not dropped here but below.
     let uffd = std::mem::ManuallyDrop::new(Userfaultfd::from_fd(unsafe { OwnedFd::from_raw_fd(fd) }));
+    // The faults that the server had read are not told of again by themselves.
+    uffd.wake_all();
     let mut messages = [const { None }; 16];
     let count = uffd.read_into(&mut messages);
     for message in messages.into_iter().take(count).flatten() {

@@ -247,6 +247,10 @@ impl Shared {
             left.retain(|space| {
                 let mut uffd = space.uffd.write().unwrap_or_else(PoisonError::into_inner);
                 let alive = uffd.as_ref().is_some_and(|uffd| !failed || uffd.alive());
+                if let Some(uffd) = uffd.as_ref().filter(|_| failed) {
+                    // Whose fault was being served when it failed tells of it again.
+                    uffd.wake_all();
+                }
                 let needed = alive && (failed || !lock(&space.pending).is_empty());
                 if !needed {
                     *uffd = None;
