@@ -6,14 +6,14 @@
 //! stay a member of the process until its tracer has taken note of its end.
 
 use torpor_image::Image;
-use torpor_image::extent::{Record, Where};
+use torpor_image::extent::Where;
 use torpor_image::task::Task;
 use torpor_parasite::call;
 use torpor_parasite::script::{OpId, Script, Value};
 use torpor_parasite::wire::STACK;
 
-use crate::birth;
-use crate::memory::{self, HUGE};
+use crate::birth::{self, word};
+use crate::memory::Piece;
 use crate::plan::Planner;
 use crate::thread::CLONE_ARGS;
 
@@ -38,6 +38,8 @@ pub(crate) struct Crew {
     /// Context of the first.
     first: u32,
     each: usize,
+    /// How many tasks have some.
+    teams: u32,
     /// The task whose memory is being planned, if it may have helpers.
     pub(crate) task: Option<usize>,
 }
@@ -50,26 +52,36 @@ impl Crew {
             t.shares.memory.is_none() && records.map(|r| r.length).fold(0, u64::saturating_add) >= MUCH
         };
         let big = image.tasks.iter().filter(much).count().max(1);
+        const { assert!(word::READ as u64 + (MOST as u64) / 2 <= crate::plan::SHARED / 4) };
         Crew { first, each: (processors.min(MOST) / big).max(1), ..Crew::default() }
     }
 }
 
-/// What is read, and whether by huge pages.
-pub(crate) type Work = (Record, bool);
-
 /// Plans these reads, shared out where that is worth it.
-pub(crate) fn read(script: &mut Script, planner: &mut Planner<'_>, task: &Task, work: Vec<Work>) {
-    let total: u64 = work.iter().map(|(r, _)| r.length).sum();
+///
+/// Huge pages are made by the task alone, as that takes the lock of its memory for all (mm/khugepaged.c,
+/// `collapse_huge_page`): several that make them wait for each other most of the time. Helpers read behind it.
+pub(crate) fn read(script: &mut Script, planner: &mut Planner<'_>, task: &Task, work: Vec<Piece>) {
+    let total: u64 = work.iter().map(|p| p.stop - p.at).sum();
     let hands = if total >= MUCH { planner.crew.each } else { 1 };
     let Some(index) = planner.crew.task.filter(|_| hands > 1) else {
         return do_all(script, planner, &work);
     };
-    let mut shares = share(work, hands).into_iter();
+    let made = word::READ + planner.crew.teams;
+    planner.crew.teams += 1;
+    let (whole, small): (Vec<Piece>, Vec<Piece>) = work.into_iter().partition(|p| p.whole);
+    // With one helper the task has time to read some as well: making pages takes a little less than reading.
+    let others = if hands == 2 { whole.len() - whole.len() / 12 } else { whole.len() };
+    let mut shares = share(small, hands).into_iter();
     let own = shares.next().unwrap_or_default();
-    let mut made = Vec::new();
-    for share in shares {
+    let mut spawned = Vec::new();
+    for (n, share) in shares.enumerate() {
         let mut hand = Script::new();
         birth::die_with_parent(&mut hand, Some(task.pid.0));
+        for (i, piece) in whole[..others].iter().enumerate().skip(n).step_by(hands - 1) {
+            hand.wait("huge pages being there", made, i as u32 + 1);
+            piece.read(&mut hand, planner);
+        }
         do_all(&mut hand, planner, &share);
         let through = call!(hand, "being through", libc::SYS_getpid);
         call!(hand, "ending", libc::SYS_exit_group, 0);
@@ -79,71 +91,58 @@ pub(crate) fn read(script: &mut Script, planner: &mut Planner<'_>, task: &Task, 
         let mut args = [0u64; CLONE_ARGS / 8];
         args[0] = (libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_FS) as u64;
         let args = script.words(&args);
-        made.push(script.spawn("a helper that reads memory", args, context, STACK, None));
+        spawned.push(script.spawn("a helper that reads memory", args, context, STACK, None));
+    }
+    for piece in &whole {
+        piece.make(script);
+        script.wake("huge pages being there", made);
+    }
+    for piece in &whole[others..] {
+        piece.read(script, planner);
     }
     do_all(script, planner, &own);
-    for hand in made {
+    for hand in spawned {
         let args = [Value::Result(hand), 0.into(), libc::__WALL.into(), 0.into()];
         script.call("the end of a helper that reads memory", libc::SYS_wait4, &args);
     }
 }
 
-fn do_all(script: &mut Script, planner: &mut Planner<'_>, work: &[Work]) {
-    for (record, huge) in work {
-        memory::read(script, planner, std::slice::from_ref(record), 0, *huge);
+fn do_all(script: &mut Script, planner: &mut Planner<'_>, work: &[Piece]) {
+    for piece in work {
+        piece.make(script);
+        piece.read(script, planner);
     }
 }
 
-/// Shares of about the same size, cut where huge pages begin.
-fn share(work: Vec<Work>, hands: usize) -> Vec<Vec<Work>> {
-    let total: u64 = work.iter().map(|(r, _)| r.length).sum();
-    let size = total.div_ceil(hands as u64);
-    let mut all = vec![Vec::new()];
-    let mut room = size;
-    for (mut record, huge) in work {
-        while all.len() < hands && record.length >= room {
-            let cut = (record.address + room).next_multiple_of(HUGE) - record.address;
-            if cut >= record.length {
-                break;
-            }
-            let last = all.len() - 1;
-            all[last].push((Record { length: cut, ..record }, huge));
-            let (address, offset) = (record.address + cut, record.offset + cut);
-            record = Record { address, offset, length: record.length - cut, ..record };
-            all.push(Vec::new());
-            room = size;
-        }
-        room = room.saturating_sub(record.length);
-        let last = all.len() - 1;
-        all[last].push((record, huge));
-        if room == 0 && all.len() < hands {
-            all.push(Vec::new());
-            room = size;
-        }
+/// As many shares of about the same size.
+fn share(work: Vec<Piece>, hands: usize) -> Vec<Vec<Piece>> {
+    let size = work.iter().map(|p| p.stop - p.at).sum::<u64>().div_ceil(hands as u64).max(1);
+    let mut all = vec![Vec::new(); hands];
+    let mut before = 0;
+    for piece in work {
+        all[(before / size) as usize].push(piece);
+        before += piece.stop - piece.at;
     }
     all
 }
 
 #[cfg(test)]
 mod tests {
+    use torpor_image::extent::Record;
+
     use super::*;
+    use crate::memory;
 
     #[test]
     fn shares_are_even_and_whole() {
         let record =
             |address, length| Record { address, length, place: Where::Data, file: 1, offset: address };
-        let work = vec![
-            (record(0, 3 << 20), true),
-            (record(HUGE * 8, 64 << 20), true),
-            (record(1 << 40, 4096), false),
-        ];
+        let records = [record(0x7000, 3 << 20), record(1 << 30, 64 << 20), record(1 << 40, 4096)];
+        let work: Vec<Piece> = records.iter().flat_map(|r| memory::pieces(r, 0, false)).collect();
         let all = share(work.clone(), 4);
-        assert_eq!(all.len(), 4);
-        let bytes = |share: &[Work]| share.iter().map(|(r, _)| r.length).sum::<u64>();
-        assert!(all.iter().all(|s| bytes(s) > 14 << 20 && bytes(s) < 19 << 20));
-        assert_eq!(all.iter().map(|s| bytes(s)).sum::<u64>(), bytes(&work));
-        assert!(all.iter().flatten().all(|(r, _)| r.offset == r.address));
-        assert!(all[1..].iter().all(|s| s[0].0.address.is_multiple_of(HUGE)));
-        assert_eq!(share(work.clone(), 1), [work]);
+        let bytes = |share: &[Piece]| share.iter().map(|p| p.stop - p.at).sum::<u64>();
+        assert!(all.iter().all(|s| bytes(s) > 16 << 20 && bytes(s) < 18 << 20));
+        assert_eq!(all.concat(), work);
+        assert_eq!(share(Vec::new(), 3).len(), 3);
     }
 }

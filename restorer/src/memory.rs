@@ -17,7 +17,7 @@ use crate::plan::{Open, Planner};
 use crate::vma::{Begin, Early};
 use crate::{crew, lazy};
 
-pub(crate) const HUGE: u64 = 2 << 20;
+const HUGE: u64 = 2 << 20;
 /// Memory that is made of huge pages by one call.
 const COLLAPSED: u64 = 64 << 20;
 /// Below this a population call costs more than the faults it saves.
@@ -66,7 +66,9 @@ pub(crate) fn fill(
                 // Anonymous memory is zero; a private mapping of a file is not.
                 Where::Zero if matches!(vma.mapping, Mapping::Private { .. }) => zero(script, planner, part),
                 Where::Zero => {}
-                Where::Data => work.extend(lazy::rest(part, waiting).into_iter().map(|r| (r, huge))),
+                Where::Data => {
+                    work.extend(lazy::rest(part, waiting).iter().flat_map(|r| pieces(r, 0, huge)));
+                }
                 Where::Guard => {
                     let purpose = format!("guard pages at {at:x}");
                     call!(script, purpose, libc::SYS_madvise, at, part.length, MADV_GUARD_INSTALL);
@@ -239,6 +241,71 @@ fn takes_huge_pages(vma: &Vma) -> bool {
         && !vma.advice.contains(&libc::MADV_NOHUGEPAGE)
 }
 
+/// A part of a record that is read by one call, to where it is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Piece {
+    pub(crate) at: u64,
+    pub(crate) stop: u64,
+    file: u32,
+    offset: u64,
+    /// Whether it is whole huge pages, to be made as such.
+    pub(crate) whole: bool,
+}
+
+impl Piece {
+    fn purpose(&self) -> String {
+        format!("contents of memory {:x}-{:x}", self.at, self.stop)
+    }
+
+    /// Plans its pages.
+    pub(crate) fn make(&self, script: &mut Script) {
+        let (purpose, length) = (self.purpose(), self.stop - self.at);
+        if self.whole {
+            let zero = script.data(&[0]);
+            for page in (self.at..self.stop).step_by(HUGE as usize) {
+                script.copy(purpose.clone(), page, zero, 1);
+            }
+            let args = [self.at.into(), length.into(), MADV_COLLAPSE.into()];
+            script.try_call(purpose, libc::SYS_madvise, &args);
+        } else if length >= POPULATE {
+            let args = [self.at.into(), length.into(), MADV_POPULATE_WRITE.into()];
+            script.try_call(purpose, libc::SYS_madvise, &args);
+        }
+    }
+
+    /// Plans what is in them.
+    pub(crate) fn read(&self, script: &mut Script, planner: &mut Planner<'_>) {
+        let slot = planner.open(Open::Data { file: self.file });
+        let fd = planner.descriptor(slot);
+        let length = self.stop - self.at;
+        let args = [fd, self.at.into(), length.into(), self.offset.into()];
+        script.call_for(self.purpose(), libc::SYS_pread64, &args, length as i64);
+    }
+}
+
+/// In which pieces a record is read, to its address plus `shift`.
+pub(crate) fn pieces(record: &Record, shift: u64, huge: bool) -> Vec<Piece> {
+    let start = record.address + shift;
+    let (mut at, end) = (start, start + record.length);
+    let mut all = Vec::new();
+    while at < end && record.place == Where::Data {
+        let whole = huge && at.is_multiple_of(HUGE) && end - at >= HUGE;
+        let stop = if whole {
+            at + ((end - at) / HUGE * HUGE).min(COLLAPSED)
+        } else if huge {
+            // Up to where a whole huge page begins, if one fits.
+            let next = at.next_multiple_of(HUGE).max(at + 1);
+            if next + HUGE <= end { next } else { end }
+        } else {
+            end
+        };
+        let stop = if whole { stop } else { stop.min((at + POPULATED) & !(POPULATED - 1)) };
+        all.push(Piece { at, stop, file: record.file, offset: record.offset + (at - start), whole });
+        at = stop;
+    }
+    all
+}
+
 /// Plans reads of `records` to their addresses plus `shift`.
 pub(crate) fn read(
     script: &mut Script,
@@ -247,44 +314,9 @@ pub(crate) fn read(
     shift: u64,
     huge: bool,
 ) {
-    for record in records.iter().filter(|r| r.place == Where::Data) {
-        let slot = planner.open(Open::Data { file: record.file });
-        let fd = planner.descriptor(slot);
-        let (mut at, end) = (record.address + shift, record.address + shift + record.length);
-        while at < end {
-            let whole = huge && at.is_multiple_of(HUGE) && end - at >= HUGE;
-            let stop = if whole {
-                at + ((end - at) / HUGE * HUGE).min(COLLAPSED)
-            } else if huge {
-                // Up to where a whole huge page begins, if one fits.
-                let next = at.next_multiple_of(HUGE).max(at + 1);
-                if next + HUGE <= end { next } else { end }
-            } else {
-                end
-            };
-            let stop = if whole { stop } else { stop.min((at + POPULATED) & !(POPULATED - 1)) };
-            let length = stop - at;
-            let purpose = format!("contents of memory {at:x}-{stop:x}");
-            if whole {
-                let zero = script.data(&[0]);
-                for page in (at..stop).step_by(HUGE as usize) {
-                    script.copy(purpose.clone(), page, zero, 1);
-                }
-                let args = [at.into(), length.into(), MADV_COLLAPSE.into()];
-                script.try_call(purpose.clone(), libc::SYS_madvise, &args);
-            } else if length >= POPULATE {
-                let args = [at.into(), length.into(), MADV_POPULATE_WRITE.into()];
-                script.try_call(purpose.clone(), libc::SYS_madvise, &args);
-            }
-            let offset = record.offset + (at - shift - record.address);
-            script.call_for(
-                purpose,
-                libc::SYS_pread64,
-                &[fd, at.into(), length.into(), offset.into()],
-                length as i64,
-            );
-            at = stop;
-        }
+    for piece in records.iter().flat_map(|r| pieces(r, shift, huge)) {
+        piece.make(script);
+        piece.read(script, planner);
     }
 }
 
