@@ -28,7 +28,8 @@ Examples:
 
 Exit codes: 0 done, 1 unexpected, 2 usage, 3 no such process, 4 privilege missing, 5 cannot be dumped,
 6 image damaged, 7 machine does not fit, 8 pid, port or file taken, gone or changed, 9 cannot write there,
-10 a limit was hit, 11 the key of an encrypted image is missing or wrong. An attached `restore` exits as its program does. docs/exit-codes.md tells more.";
+10 a limit was hit, 11 the key of an encrypted image is missing or wrong,
+12 memory of a lazy restore was lost. An attached `restore` exits as its program does. docs/exit-codes.md tells more.";
 
 /// The commands.
 #[derive(Debug, Subcommand)]
@@ -219,6 +220,20 @@ pub struct RestoreArgs {
     /// Leave the process stopped; `kill -CONT` lets it go on
     #[arg(long)]
     pub stopped: bool,
+    /// Let the process run at once; its memory comes when it is needed
+    ///
+    /// The first instruction runs within milliseconds, whatever the size. Pages are served as they are touched, and all
+    /// others meanwhile. Torpor stays until all are there: with --detach a process of its own does. DIR must stay
+    /// and stay as it is until then. What cannot be read any more is tried for ten seconds, then the process is ended
+    /// (exit code 11): it never sees wrong bytes. It cannot be dumped until all memory is there.
+    #[arg(long)]
+    pub lazy: bool,
+    /// Write to FILE which memory was needed first; the rest comes when the process needs nothing for a second
+    #[arg(long, value_name = "FILE", requires = "lazy")]
+    pub record: Option<PathBuf>,
+    /// Fill the memory listed in FILE first, in its order: one that --record has written
+    #[arg(long, value_name = "FILE", requires = "lazy")]
+    pub working_set: Option<PathBuf>,
     /// Print the steps of the restore and do none of them
     #[arg(long, conflicts_with_all = ["detach", "pidfile", "stopped"])]
     pub plan: bool,
@@ -245,6 +260,7 @@ const RESTORE_EXAMPLES: &str = "\
 Examples:
   torpor restore image                            in the foreground, until it ends
   torpor restore --detach --pidfile run/pid image as a service
+  torpor restore --lazy image                     runs at once, whatever its size
   torpor restore --plan image                     see what would be done, without privilege";
 
 /// Tell what this machine allows, or what a dump of a process would find
@@ -358,6 +374,7 @@ mod tests {
             &["dump", "--leave-running", "--leave-stopped", "1", "d"][..],
             &["restore", "--plan", "--detach", "d"],
             &["restore", "--plan", "--pidfile", "p", "d"],
+            &["restore", "--record", "f", "d"],
             &["dump", "--external-unix", "reset", "1", "d"],
         ] {
             assert!(Cli::try_parse_from([&["torpor"], wrong].concat()).is_err(), "{wrong:?}");

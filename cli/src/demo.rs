@@ -84,7 +84,7 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<Exit> {
 
     say(&format!("4. Torpor wakes it up again.\n\n     $ torpor restore --detach {}\n\n", dir.display()))?;
     let begin = Instant::now();
-    let plan = restore::plan(&image, false, false)?;
+    let plan = restore::plan(&image, false, false, None)?;
     let running = torpor_restorer::prepare(&image, &plan, None)?.resume(false);
     let restored_in = begin.elapsed();
     counter.alive = true;

@@ -37,6 +37,8 @@ pub enum Exit {
     Limit,
     /// 11: the image is encrypted, and the key is missing or another one.
     Key,
+    /// 12: memory that was to come later could not be read, and the restored tree was ended.
+    Lost,
     /// An attached restore: the status of the program itself.
     Program(u8),
 }
@@ -57,6 +59,7 @@ impl Exit {
             Exit::Output => 9,
             Exit::Limit => 10,
             Exit::Key => 11,
+            Exit::Lost => 12,
             Exit::Program(status) => status,
         }
     }
@@ -102,6 +105,7 @@ fn of_restore(error: &RestoreError) -> Exit {
         RestoreError::Conflict { .. } | RestoreError::Fleeting { .. } => Exit::Conflict,
         RestoreError::Permission { .. } => Exit::Permission,
         RestoreError::Limit { .. } => Exit::Limit,
+        RestoreError::Lost { .. } => Exit::Lost,
         RestoreError::Open { errno, .. } | RestoreError::Script { errno, .. } => of_restore_errno(*errno),
         RestoreError::Kernel { source, .. } => source.errno().map_or(Exit::Unexpected, of_restore_errno),
         _ => Exit::Unexpected,

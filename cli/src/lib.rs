@@ -11,6 +11,7 @@ mod dump;
 mod encoding;
 pub mod exit;
 mod held;
+mod lazy;
 mod names;
 mod output;
 mod pidfile;

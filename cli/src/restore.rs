@@ -7,12 +7,14 @@ use nix::unistd::{Pid, getpgid, getsid, setpgid, setsid};
 use serde::Serialize;
 use torpor_image::Image;
 use torpor_image::inode::Inode;
+use torpor_restorer::lazy::Lazy;
 use torpor_restorer::{Host, Options, Plan, Prepared};
 
 use crate::args::RestoreArgs;
 use crate::attach::{Attached, Terminal};
 use crate::exit::Exit;
 use crate::held::Held;
+use crate::lazy::{self, Side, Told};
 use crate::pidfile::PidFile;
 use crate::progress::Progress;
 use crate::{encoding, output};
@@ -23,15 +25,31 @@ const FLEETING: u32 = 10;
 #[derive(Serialize)]
 struct Restored {
     pid: i32,
+    /// Who serves its memory, where that is not the one that prints this.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    server: Option<u32>,
 }
 
 pub(crate) fn run(args: &RestoreArgs) -> anyhow::Result<Exit> {
+    if args.lazy && !args.plan {
+        torpor_restorer::lazy::possible()?;
+        if args.detach {
+            return match lazy::apart()? {
+                Side::Parent(exit) => Ok(exit),
+                Side::Child(told) => restore(args, Some(told)),
+            };
+        }
+    }
+    restore(args, None)
+}
+
+fn restore(args: &RestoreArgs, told: Option<Told>) -> anyhow::Result<Exit> {
     let encoding::Opened { image, spool, held } = encoding::open(&args.dir, &args.reading)?;
     if args.verify {
         image.verify(|_| ())?;
     }
     crate::raise_descriptor_limit();
-    let plan = plan(&image, args.accept_changed, args.detach)?;
+    let plan = plan(&image, args.accept_changed, args.detach, lazy::wanted(args)?)?;
     for note in &plan.notes {
         output::note(note);
     }
@@ -68,13 +86,14 @@ pub(crate) fn run(args: &RestoreArgs) -> anyhow::Result<Exit> {
         }
         Ok(prepared)
     });
-    // It has all that it needs of the image, and may run for long.
-    drop(spool);
+    // It has all that it needs of the image, and may run for long, unless memory is still to come.
+    let spool = spool.filter(|_| args.lazy);
     let (prepared, held) = held.end(prepared)?;
     for note in prepared.notes() {
         output::note(note);
     }
-    let exit = if args.detach { detach(args, prepared)? } else { attach(args, prepared, &terminal)? };
+    let exit = if args.detach { detach(args, prepared, told)? } else { attach(args, prepared, &terminal)? };
+    drop(spool);
     held.keep();
     Ok(exit)
 }
@@ -86,22 +105,34 @@ fn content(image: &Image) -> u64 {
 }
 
 /// The plan to restore `image` on this machine.
-pub(crate) fn plan(image: &Image, accept_changed: bool, detach: bool) -> anyhow::Result<Plan> {
+pub(crate) fn plan(
+    image: &Image,
+    accept_changed: bool,
+    detach: bool,
+    lazy: Option<Lazy>,
+) -> anyhow::Result<Plan> {
     let mut options = Options::default();
     options.accept_changed = accept_changed;
     options.detach = detach;
+    options.lazy = lazy;
     options.cancel = Some(Held::wants_end);
     Ok(torpor_restorer::plan(image, &Host::probe()?, &options)?)
 }
 
 /// Lets the process run and leaves it to itself.
-fn detach(args: &RestoreArgs, prepared: Prepared<'_>) -> anyhow::Result<Exit> {
+fn detach(args: &RestoreArgs, prepared: Prepared<'_>, told: Option<Told>) -> anyhow::Result<Exit> {
     let pidfile = write_pidfile(args.pidfile.as_deref(), &prepared)?;
     announce(args, prepared.pid())?;
-    let pid = prepared.resume(args.stopped).pid();
+    if told.is_some() {
+        output::note(&format!("pid {} serves its memory until all of it is there", std::process::id()));
+    }
+    let mut running = prepared.resume(args.stopped);
     pidfile.into_iter().for_each(PidFile::keep);
-    leave_session_of(pid);
-    Ok(Exit::Ok)
+    leave_session_of(running.pid());
+    match told {
+        Some(told) => lazy::stay(told, running.serving(), args.record.as_deref()),
+        None => Ok(Exit::Ok),
+    }
 }
 
 /// Lets the process run, stands in for it until it ends, and ends like it.
@@ -112,15 +143,19 @@ fn attach(args: &RestoreArgs, prepared: Prepared<'_>, terminal: &Terminal) -> an
         announce(args, prepared.pid())?;
     }
     let lent = attached.lend_terminal(prepared.pid(), prepared.foreground(), terminal);
-    let pid = prepared.resume(args.stopped).pid();
+    let mut running = prepared.resume(args.stopped);
     pidfile.into_iter().for_each(PidFile::keep);
-    attached.wait(pid, lent)
+    let exit = attached.wait(running.pid(), lent)?;
+    // Others of the tree may still need theirs; and what ended it may be that it was lost.
+    lazy::finish(running.serving(), args.record.as_deref())?;
+    Ok(exit)
 }
 
 /// Prints the pid. Before the process runs: if that fails, so does the restore.
 fn announce(args: &RestoreArgs, pid: i32) -> anyhow::Result<()> {
+    let server = (args.lazy && args.detach).then(std::process::id);
     let printed =
-        if args.json { output::json(&Restored { pid }) } else { output::print(&format!("{pid}\n")) };
+        if args.json { output::json(&Restored { pid, server }) } else { output::print(&format!("{pid}\n")) };
     // A reader that has gone away does not want to know.
     printed.or_else(|e| if output::is_closed(&e) { Ok(()) } else { Err(e) })
 }

@@ -30,13 +30,15 @@ const ADVICE: [(&str, i32); 8] = [
 /// accounting.
 const PLAIN: [&str; 16] =
     ["rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "ac", "nr", "lo", "lf", "sd", "de", "gu"];
+/// Pages may be missing that somebody has yet to bring.
+const MISSING: &str = "memory that is still being restored lazily, or served by a userfaultfd of its own,";
 /// What other words mean for a dump.
 const REFUSED: [(&str, &str); 10] = [
     ("ht", "memory of explicit huge pages"),
     ("mm", "memory of a device"),
     ("io", "memory of a device"),
     ("pf", "memory of a device"),
-    ("um", "memory watched by a userfaultfd"),
+    ("um", MISSING),
     ("uw", "memory watched by a userfaultfd"),
     ("ui", "memory watched by a userfaultfd"),
     ("ss", "a shadow stack"),
@@ -101,6 +103,7 @@ fn refuse_flags(collector: &mut Collector, mapping: &Mapping) {
         return;
     }
     const REMEDY: &str = "unmap it before the dump";
+    const WAIT: &str = "wait until the restore that brings it has ended, or unmap it before the dump";
     for word in &mapping.flags.words {
         let word = std::str::from_utf8(word).unwrap_or("??");
         // Memory of single pages of the kernel's, as that of rings is.
@@ -112,7 +115,8 @@ fn refuse_flags(collector: &mut Collector, mapping: &Mapping) {
         }
         let what = REFUSED.iter().find(|(w, _)| *w == word).map(|(_, what)| (*what).to_owned());
         let what = what.unwrap_or_else(|| format!("memory with the unknown flag `{word}`"));
-        collector.refuse(title(mapping), format!("{what} cannot be dumped yet"), REMEDY);
+        let remedy = if what == MISSING { WAIT } else { REMEDY };
+        collector.refuse(title(mapping), format!("{what} cannot be dumped yet"), remedy);
         return;
     }
     if mapping.pkey != 0 {

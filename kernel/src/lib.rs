@@ -42,6 +42,7 @@ mod text;
 pub mod timers;
 pub mod tty;
 pub mod tty_queue;
+pub mod uffd;
 pub mod write_watch;
 
 pub use error::{Error, Result, advice};

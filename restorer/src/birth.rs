@@ -40,6 +40,8 @@ pub(crate) mod word {
     pub(crate) const TRACED: u32 = 4;
     /// Steps that orphans have made on the way to their parents, [`TURN`] for each.
     pub(crate) const TURNS: u32 = 5;
+    /// Of each task that others help to read its memory: pieces whose pages are there.
+    pub(crate) const READ: u32 = 6;
     /// The orphan no longer dies with the one that made it; its parent is a subreaper; the one that made it has
     /// ended; the parent is no subreaper any more.
     pub(crate) const TURN: u32 = 4;

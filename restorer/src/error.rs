@@ -99,6 +99,14 @@ pub enum Error {
         /// How.
         how: String,
     },
+    /// Memory that was to come later cannot be read: the tree was ended, lest it goes on without.
+    #[error("{what} was ended: memory of it that was to come from the image cannot be read: {why}")]
+    Lost {
+        /// The root.
+        what: String,
+        /// What is wrong with the image.
+        why: String,
+    },
     /// A kernel call failed.
     #[error("cannot restore {what}: {source}{}", advice(source.errno()))]
     Kernel {

@@ -1,8 +1,8 @@
 //! Planning how contents get into memory: by reads of the task itself from the data files.
 //!
 //! A page fault costs more than the copy (research/fast.md), so faults are avoided: where a huge page fits
-//! whole, one touch and `MADV_COLLAPSE` make it at once, without changing the area's flags; longer runs of
-//! small pages are populated in one call before they are read. Each call of `MADV_COLLAPSE` waits until every processor
+//! whole, one touch and `MADV_COLLAPSE` make it at once, without changing the area's flags; runs of small pages are
+//! populated in one call before they are read, half a MiB at a time, which is still in the cache then. Each call of `MADV_COLLAPSE` waits until every processor
 //! has emptied its lists of new pages (mm/khugepaged.c, `lru_add_drain_all`), which takes long on a busy machine, so
 //! it is made for many huge pages at once.
 
@@ -16,29 +16,32 @@ use torpor_parasite::script::Script;
 use crate::feed::Range;
 use crate::plan::{Open, Planner};
 use crate::vma::{Begin, Early};
+use crate::{crew, lazy};
 
 const HUGE: u64 = 2 << 20;
 /// Memory that is made of huge pages by one call.
 const COLLAPSED: u64 = 64 << 20;
 /// Below this a population call costs more than the faults it saves.
 const POPULATE: u64 = 64 << 10;
-/// A read transfers at most a little under 2 GiB (read(2)).
-const LONGEST: u64 = 1 << 30;
+/// Small pages that are made by one call and then read: they are in the processor's cache by then.
+const POPULATED: u64 = 512 << 10;
 /// asm-generic/mman-common.h
 const MADV_POPULATE_WRITE: i32 = 23;
 const MADV_COLLAPSE: i32 = 25;
 const MADV_GUARD_INSTALL: i32 = 102;
 const MADV_GUARD_REMOVE: i32 = 103;
 
-/// Plans the contents of private `areas` of a task, as far as it does not begin with them.
+/// Plans the contents of private `areas` of a task, as far as it does not begin with them and they do not wait.
 pub(crate) fn fill(
     script: &mut Script,
     planner: &mut Planner<'_>,
     task: &Task,
     areas: &[&Vma],
     begin: Begin<'_>,
+    waiting: &[Record],
 ) {
     let image = planner.image;
+    let mut work = Vec::new();
     if let Begin::With(parent, _) = begin {
         for vma in areas.iter().filter(|v| v.private() && begin.kept(v).is_some()) {
             change(script, planner, task, vma, &changes(image, task, parent, vma));
@@ -64,7 +67,9 @@ pub(crate) fn fill(
                 // Anonymous memory is zero; a private mapping of a file is not.
                 Where::Zero if matches!(vma.mapping, Mapping::Private { .. }) => zero(script, planner, part),
                 Where::Zero => {}
-                Where::Data => read(script, planner, &[part], 0, huge),
+                Where::Data => {
+                    work.extend(lazy::rest(part, waiting).iter().flat_map(|r| pieces(r, 0, huge)));
+                }
                 Where::Guard => {
                     let purpose = format!("guard pages at {at:x}");
                     call!(script, purpose, libc::SYS_madvise, at, part.length, MADV_GUARD_INSTALL);
@@ -73,6 +78,7 @@ pub(crate) fn fill(
             at = stop;
         }
     }
+    crew::read(script, planner, task, work);
 }
 
 /// What must be done to a part of an area that a task keeps from its parent.
@@ -236,6 +242,68 @@ fn takes_huge_pages(vma: &Vma) -> bool {
         && !vma.advice.contains(&libc::MADV_NOHUGEPAGE)
 }
 
+/// A part of a record that is read by one call, to where it is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Piece {
+    pub(crate) at: u64,
+    pub(crate) stop: u64,
+    pub(crate) file: u32,
+    offset: u64,
+    /// Whether it is whole huge pages, to be made as such.
+    pub(crate) whole: bool,
+}
+
+impl Piece {
+    fn purpose(&self) -> String {
+        format!("contents of memory {:x}-{:x}", self.at, self.stop)
+    }
+
+    /// Plans its pages.
+    pub(crate) fn make(&self, script: &mut Script) {
+        let (purpose, length) = (self.purpose(), self.stop - self.at);
+        if self.whole {
+            let zero = script.data(&[0]);
+            for page in (self.at..self.stop).step_by(HUGE as usize) {
+                script.copy(purpose.clone(), page, zero, 1);
+            }
+            let args = [self.at.into(), length.into(), MADV_COLLAPSE.into()];
+            script.try_call(purpose, libc::SYS_madvise, &args);
+        } else if length >= POPULATE {
+            let args = [self.at.into(), length.into(), MADV_POPULATE_WRITE.into()];
+            script.try_call(purpose, libc::SYS_madvise, &args);
+        }
+    }
+
+    /// Plans what is in them.
+    pub(crate) fn read(&self, script: &mut Script, planner: &mut Planner<'_>) {
+        let from = Range { file: self.file, offset: self.offset, length: self.stop - self.at };
+        planner.contents(script, self.purpose(), self.at, from);
+    }
+}
+
+/// In which pieces a record is read, to its address plus `shift`.
+pub(crate) fn pieces(record: &Record, shift: u64, huge: bool) -> Vec<Piece> {
+    let start = record.address + shift;
+    let (mut at, end) = (start, start + record.length);
+    let mut all = Vec::new();
+    while at < end && record.place == Where::Data {
+        let whole = huge && at.is_multiple_of(HUGE) && end - at >= HUGE;
+        let stop = if whole {
+            at + ((end - at) / HUGE * HUGE).min(COLLAPSED)
+        } else if huge {
+            // Up to where a whole huge page begins, if one fits.
+            let next = at.next_multiple_of(HUGE).max(at + 1);
+            if next + HUGE <= end { next } else { end }
+        } else {
+            end
+        };
+        let stop = if whole { stop } else { stop.min((at + POPULATED) & !(POPULATED - 1)) };
+        all.push(Piece { at, stop, file: record.file, offset: record.offset + (at - start), whole });
+        at = stop;
+    }
+    all
+}
+
 /// Plans reads of `records` to their addresses plus `shift`.
 pub(crate) fn read(
     script: &mut Script,
@@ -244,42 +312,9 @@ pub(crate) fn read(
     shift: u64,
     huge: bool,
 ) {
-    for record in records.iter().filter(|r| r.place == Where::Data) {
-        let (mut at, end) = (record.address + shift, record.address + shift + record.length);
-        let mut populated = at;
-        while at < end {
-            let whole = huge && at.is_multiple_of(HUGE) && end - at >= HUGE;
-            let stop = if whole {
-                at + ((end - at) / HUGE * HUGE).min(COLLAPSED)
-            } else if huge {
-                // Up to where a whole huge page begins, if one fits.
-                let next = at.next_multiple_of(HUGE).max(at + 1);
-                if next + HUGE <= end { next } else { end }
-            } else {
-                end
-            };
-            let stop = stop.min(at + LONGEST);
-            let length = stop - at;
-            let purpose = format!("contents of memory {at:x}-{stop:x}");
-            if whole {
-                let zero = script.data(&[0]);
-                for page in (at..stop).step_by(HUGE as usize) {
-                    script.copy(purpose.clone(), page, zero, 1);
-                }
-                let args = [at.into(), length.into(), MADV_COLLAPSE.into()];
-                script.try_call(purpose.clone(), libc::SYS_madvise, &args);
-            } else if length >= POPULATE && at >= populated {
-                script.try_call(
-                    purpose.clone(),
-                    libc::SYS_madvise,
-                    &[at.into(), length.into(), MADV_POPULATE_WRITE.into()],
-                );
-                populated = stop;
-            }
-            let offset = record.offset + (at - shift - record.address);
-            planner.contents(script, purpose, at, Range { file: record.file, offset, length });
-            at = stop;
-        }
+    for piece in records.iter().flat_map(|r| pieces(r, shift, huge)) {
+        piece.make(script);
+        piece.read(script, planner);
     }
 }
 

@@ -11,6 +11,7 @@
 use std::collections::BTreeMap;
 
 use torpor_image::description::Kind;
+use torpor_image::extent::Record;
 use torpor_image::task::Task;
 use torpor_image::unix::State;
 use torpor_image::vma::Vma;
@@ -20,9 +21,11 @@ use torpor_parasite::script::{Placed, Script, Value};
 use torpor_parasite::wire::{Context, STACK, TRAPS};
 
 use crate::birth::{self, Helpers, word};
+use crate::crew::{Crew, Hand};
 use crate::error::{Error, Result};
 use crate::feed::Range;
 use crate::host::Host;
+use crate::lazy::{self, Deferred, Lazy};
 use crate::lineage::{Lineage, Origin, Role, Stage};
 use crate::vma::{Begin, Early};
 use crate::{
@@ -43,6 +46,8 @@ pub struct Options {
     /// The restored root will outlive the process that restores it: a parent death signal, which was about
     /// another parent, is not set again.
     pub detach: bool,
+    /// Let the tree run before its memory is there.
+    pub lazy: Option<Lazy>,
     /// Asked now and then whether to give up.
     pub cancel: Option<fn() -> bool>,
 }
@@ -76,6 +81,7 @@ pub(crate) enum Open {
 pub(crate) struct Planner<'a> {
     pub(crate) image: &'a Image,
     pub(crate) host: &'a Host,
+    pub(crate) crew: Crew,
     opens: Vec<Open>,
     notes: Vec<String>,
     /// What tasks are fed, in the order of their scripts.
@@ -148,6 +154,8 @@ pub(crate) struct TaskPlan {
     pub(crate) oom_score_adj: Option<i32>,
     /// /proc/PID/coredump_filter, where it must change.
     pub(crate) coredump_filter: Option<u32>,
+    /// What of its memory comes when it runs already.
+    pub(crate) deferred: Option<Deferred>,
     /// A system call instruction in the restored memory, for the last call of all.
     pub(crate) last_call: u64,
 }
@@ -171,6 +179,8 @@ pub struct Plan {
     pub(crate) births: Vec<Script>,
     /// Of those that only help others.
     pub(crate) helpers: Vec<Script>,
+    /// The last of them read the memory of big processes.
+    pub(crate) crew: Vec<Hand>,
     pub(crate) tasks: Vec<TaskPlan>,
     /// What each node is, in words.
     pub(crate) titles: Vec<String>,
@@ -187,7 +197,7 @@ impl Plan {
 /// Plans the restore of an image on a host.
 pub fn plan(image: &Image, host: &Host, options: &Options) -> Result<Plan> {
     let (opens, feeds) = (Vec::new(), BTreeMap::new());
-    let mut planner = Planner { image, host, opens, notes: Vec::new(), feeds, turn: 0 };
+    let mut planner = Planner { image, host, crew: Crew::default(), opens, notes: Vec::new(), feeds, turn: 0 };
     notes(&mut planner);
     for task in &image.tasks {
         fits(&mut planner, task)?;
@@ -241,6 +251,7 @@ pub fn plan(image: &Image, host: &Host, options: &Options) -> Result<Plan> {
         begin: scripts.begin,
         births: scripts.births,
         helpers: scripts.helpers,
+        crew: planner.crew.hands,
         tasks: scripts.tasks,
         lineage,
         titles,
@@ -281,6 +292,8 @@ fn scripts(
         .map(|t| take(t.threads.len() as u32 - u32::from(t.leader_ended.is_none())))
         .collect();
     let helpers = Helpers::of(lineage, take(0));
+    let processors = host.affinity.iter().map(|b| b.count_ones() as usize).sum();
+    planner.crew = Crew::of(image, processors, take(0) + helpers.0.len() as u32);
 
     let earlies = earlies(image, lineage);
     planner.turn = 0;
@@ -300,7 +313,7 @@ fn scripts(
             task.memory.vmas.iter().filter(|v| earlies[index].contains(&v.start)).collect();
         let fill = |script: &mut Script| {
             vma::begin(script, planner.host, task, begins, place.park);
-            fill(script, planner, task, &early, begins, place, scratch);
+            fill(script, planner, task, &early, begins, &[], place, scratch);
         };
         births.push(birth::plan(image, host, lineage, i, &helpers, session, fill));
     }
@@ -309,7 +322,8 @@ fn scripts(
         planner.turn = i;
         tasks.push(plan_task(planner, lineage, &earlies, i, first, place, scratch, options)?);
     }
-    let helpers = helpers.scripts(lineage);
+    let mut helpers = helpers.scripts(lineage);
+    helpers.append(&mut planner.crew.scripts);
     Ok(Scripts { begin, births, helpers, tasks })
 }
 
@@ -363,20 +377,22 @@ fn begins<'a>(image: &'a Image, lineage: &Lineage, earlies: &'a [Early], i: usiz
     }
 }
 
-/// Makes these areas of a task complete.
+/// Makes these areas of a task complete, but for what waits.
+#[expect(clippy::too_many_arguments, reason = "what one task is, and where everything lies")]
 fn fill(
     script: &mut Script,
     planner: &mut Planner<'_>,
     task: &Task,
     areas: &[&Vma],
     begins: Begin<'_>,
+    waiting: &[Record],
     place: Place,
     scratch: &BTreeMap<InodeId, u64>,
 ) {
     io_uring::map(script, planner, task, areas, begins, place, scratch);
     vma::map(script, planner, task, areas, begins, scratch);
     sysv_shm::plan(script, planner.image, areas, begins, place.segments);
-    memory::fill(script, planner, task, areas, begins);
+    memory::fill(script, planner, task, areas, begins, waiting);
     vma::finish(script, planner, task, areas, begins);
 }
 
@@ -398,6 +414,7 @@ fn plan_task(
     let mut phase = |name, script| phases.push(Phase { name, script });
 
     let mut script = Script::new();
+    let mut deferred = None;
     if shares.memory.is_none() {
         let begins = begins(image, lineage, earlies, index);
         if lineage.made_by(index, Stage::Filled).next().is_none() {
@@ -405,7 +422,14 @@ fn plan_task(
         }
         let late = |v: &&Vma| !earlies[index].contains(&v.start);
         let late: Vec<&Vma> = task.memory.vmas.iter().filter(late).collect();
-        fill(&mut script, planner, task, &late, begins, place, scratch);
+        let waiting = match options.lazy {
+            Some(_) => lazy::records(image, task, &late, begins),
+            None => Vec::new(),
+        };
+        planner.crew.task = Some(index);
+        fill(&mut script, planner, task, &late, begins, &waiting, place, scratch);
+        planner.crew.task = None;
+        deferred = lazy::plan(&mut script, task, waiting);
         for (id, at) in scratch {
             let size = image.objects.inodes[id.0 as usize].size.next_multiple_of(PAGE);
             call!(script, format!("shared memory {id}"), libc::SYS_munmap, *at, size);
@@ -490,6 +514,7 @@ fn plan_task(
         owns_memory: shares.memory.is_none(),
         oom_score_adj: (task.oom_score_adj != host.oom_score_adj).then_some(task.oom_score_adj),
         coredump_filter: task.memory.coredump_filter.filter(|f| Some(*f) != host.coredump_filter),
+        deferred,
         last_call: last_call(planner.image, task)?,
     })
 }

@@ -2,6 +2,7 @@
 
 mod born;
 mod complete;
+mod deferred;
 mod failed;
 
 use std::marker::PhantomData;
@@ -21,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::feed::Feeds;
 use crate::host::Host;
 use crate::late::{self, Moment};
+use crate::lazy::Serving;
 use crate::open::Opener;
 use crate::plan::{Layout, Open, Plan, SHARED, TaskPlan, layout, plan};
 use crate::{directory, inode, io_uring, mqueue, rules, sysv, terminal, unix};
@@ -38,15 +40,21 @@ pub struct Prepared<'i> {
 }
 
 /// A tree that runs.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct Running {
     pid: i32,
+    serving: Option<Serving>,
 }
 
 impl Running {
     /// The root's pid: a child of this process.
     pub fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// What serves its memory, if not all of that is there yet.
+    pub fn serving(&mut self) -> Option<Serving> {
+        self.serving.take()
     }
 }
 
@@ -61,6 +69,8 @@ struct Building<'i> {
     /// While tasks receive contents.
     feeds: Option<Feeds>,
     done: bool,
+    /// Serves memory that comes later.
+    serving: Option<Serving>,
     _bound_to_thread: PhantomData<*const ()>,
 }
 
@@ -78,6 +88,7 @@ pub fn prepare<'i>(
         born: false,
         feeds: None,
         done: false,
+        serving: None,
         _bound_to_thread: PhantomData,
     };
     directory::make(&mut building.opener)?;
@@ -128,7 +139,7 @@ impl Prepared<'_> {
     pub fn resume(mut self, stopped: bool) -> Running {
         let pid = self.pid();
         self.building.release(stopped);
-        Running { pid }
+        Running { pid, serving: self.building.serving.take() }
     }
 
     /// Takes down everything that was made.
@@ -206,6 +217,8 @@ impl Building<'_> {
             }
             if phase == 0 {
                 self.fed()?;
+                self.check_crew(plan, layout, arena)?;
+                self.serve(plan, layout, arena)?;
             }
             let after = plan.tasks[0].threads_after;
             if phase == after {
@@ -418,6 +431,9 @@ impl Building<'_> {
         // Should we die between two of these, those already let go must not be killed with the others.
         for tid in self.traced.iter().flatten() {
             let _gone = ptrace::set_options(*tid, 0);
+        }
+        if let Some(serving) = &self.serving {
+            serving.go();
         }
         for tid in self.traced.iter().flatten() {
             // One that was killed meanwhile needs no letting go.

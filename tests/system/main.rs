@@ -11,6 +11,7 @@ mod golden;
 mod interrupted;
 mod io_uring;
 mod ipc;
+mod lazy;
 mod obstacles;
 mod pty;
 mod refusals;
@@ -42,6 +43,7 @@ fn main() {
     trials.extend(pty::trials());
     trials.extend(io_uring::trials());
     trials.extend(encoding::trials());
+    trials.extend(lazy::trials());
     if !torpor_tests::is_root() {
         eprintln!("not root: tests that need it are ignored");
         trials = trials.into_iter().map(|t| t.with_ignored_flag(true)).collect();
