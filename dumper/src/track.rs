@@ -258,6 +258,7 @@ impl Way {
             entry,
             scripts: &self.scripts,
             lends: self.lends,
+            birth: None,
         }
     }
 }

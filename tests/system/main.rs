@@ -13,6 +13,7 @@ mod ipc;
 mod obstacles;
 mod pty;
 mod refusals;
+mod snapshot;
 mod state;
 mod terminal;
 mod tree;
@@ -38,6 +39,7 @@ fn main() {
     trials.extend(obstacles::trials());
     trials.extend(pty::trials());
     trials.extend(io_uring::trials());
+    trials.extend(snapshot::trials());
     if !torpor_tests::is_root() {
         eprintln!("not root: tests that need it are ignored");
         trials = trials.into_iter().map(|t| t.with_ignored_flag(true)).collect();
