@@ -234,9 +234,10 @@ impl Birth {
 
 /// Shared areas that are to be kept out: start and length of each.
 fn apart(maps: &[Mapping]) -> Vec<(u64, u64)> {
-    // Of some the kernel does not take it back (mm/madvise.c), and others are none of memory.
+    // Of some the kernel does not take it back (mm/madvise.c), and others are none of memory. A shared mapping of what
+    // is open for reading only counts as one that may be shared (mm/mmap.c, `do_mmap`).
     let may = |m: &&Mapping| {
-        m.flags.has("sh") && !["dc", "io", "pf", "mm", "de", "ht"].iter().any(|word| m.flags.has(word))
+        m.flags.has("ms") && !["dc", "io", "pf", "mm", "de", "ht"].iter().any(|word| m.flags.has(word))
     };
     let mut all: Vec<&Mapping> = maps.iter().filter(may).collect();
     if all.len() > MOST_SHARED {

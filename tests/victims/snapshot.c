@@ -42,6 +42,7 @@ int main(int argc, char **argv) {
     unsigned char *shared = mmap(0, FEW, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     int id = shmget(IPC_PRIVATE, FEW, 0600); CHECK(id >= 0);
     unsigned char *attached = shmat(id, 0, 0); CHECK(attached != (void *)-1); CHECK(!shmctl(id, IPC_RMID, 0));
+    CHECK(shmat(id, 0, SHM_RDONLY) != (void *)-1);
     for (int i = 0; i < FEW; i++) { apart[i] = i * 3 + 1; wiped[i] = i * 5 + 1; shared[i] = i * 7 + 1; attached[i] = i * 11 + 1; }
     spawn(rounds, 0); spawn(rounds, 0);
     for (unsigned n = 0;; n++) {
@@ -49,7 +50,7 @@ int main(int argc, char **argv) {
         siginfo_t info; errno = 0;
         if (waitid(P_ALL, 0, &info, WEXITED | WSTOPPED | WCONTINUED | WNOHANG | WNOWAIT | __WALL) != -1 || errno != ECHILD) bad("waitid finds pid %d", info.si_pid);
         SAME(told, 0);
-        struct shmid_ds about; CHECK(!shmctl(id, IPC_STAT, &about)); SAME(about.shm_nattch, 1);
+        struct shmid_ds about; CHECK(!shmctl(id, IPC_STAT, &about)); SAME(about.shm_nattch, 2);
         size_t i = n * 37 % FEW;
         SAME(apart[i], (unsigned char)(i * 3 + 1)); SAME(wiped[i], (unsigned char)(i * 5 + 1));
         SAME(shared[i], (unsigned char)(i * 7 + 1)); SAME(attached[i], (unsigned char)(i * 11 + 1));
