@@ -69,6 +69,14 @@ pub struct DumpArgs {
     /// Leave the process stopped, as `kill -STOP` does; `kill -CONT` lets it go on
     #[arg(long)]
     pub leave_stopped: bool,
+    /// In which way the memory is taken
+    ///
+    /// `copy`: while the process stands still. `fork`: from copy-on-write children that are made while it stands still,
+    /// and read when it runs again; for that they take a page for every one that it writes meanwhile. Without this option
+    /// `fork` is chosen with --leave-running where there is much memory and room for it. What cannot be done by
+    /// `fork` is copied, and it is said why.
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub freeze: Option<Freeze>,
     /// What becomes of TCP connections to programs outside of the dump
     ///
     /// Connections with both ends in the dump are always kept. Others go on for a while without noticing
@@ -184,6 +192,17 @@ pub enum Tcp {
     Close,
     /// They go on; the process must end with the dump
     Keep,
+}
+
+/// In which way memory is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Freeze {
+    /// While the process stands still
+    Copy,
+    /// From copy-on-write children, when it runs again
+    Fork,
+    /// What has changed since a dump before, while it stands still
+    Track,
 }
 
 const DUMP_EXAMPLES: &str = "\

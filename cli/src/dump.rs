@@ -6,11 +6,12 @@ use anyhow::Context;
 use clap::CommandFactory;
 use clap::error::ErrorKind;
 use serde::Serialize;
-use torpor_dumper::{Destination, ExternalUnix, Frozen, Options, Rule, Rules, Target, TcpPolicy, Tracking};
+use torpor_dumper::{Destination, Error as DumpError, ExternalUnix, Freeze, Frozen, Options, Rule, Rules};
+use torpor_dumper::{Target, TcpPolicy, Tracking, Way};
 use torpor_image::manifest::{Manifest, Times};
 use torpor_image::{Encoding, Identities, Image};
 
-use crate::args::{Cli, DumpArgs, Tcp};
+use crate::args::{self, Cli, DumpArgs, Tcp};
 use crate::exit::{self, Exit, Failure};
 use crate::held::Held;
 use crate::progress::Progress;
@@ -37,6 +38,7 @@ pub(crate) struct Choices {
     pub(crate) encoding: Encoding,
     /// The keys of the parent.
     pub(crate) identities: Identities,
+    pub(crate) freeze: Option<Freeze>,
 }
 
 /// What was dumped.
@@ -55,6 +57,8 @@ pub(crate) struct Summary {
     ran_on: bool,
     not_captured: Vec<String>,
     times: Times,
+    freeze: Freeze,
+    fallback: Option<String>,
 }
 
 pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
@@ -78,6 +82,15 @@ pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
         Tcp::Close => TcpPolicy::Close,
         Tcp::Keep => TcpPolicy::Keep,
     };
+    let freeze = args.freeze.map(|freeze| match freeze {
+        args::Freeze::Copy => Freeze::Copy,
+        args::Freeze::Fork => Freeze::Fork,
+        args::Freeze::Track => Freeze::Track,
+    });
+    if (args.track || args.parent.is_some()) && freeze.is_some_and(|freeze| freeze != Freeze::Track) {
+        let why = "with `--track` or `--parent` memory is taken by `--freeze track`";
+        Cli::command().error(ErrorKind::ArgumentConflict, why).exit();
+    }
     let choices = Choices {
         rules: rules(args)?,
         tcp,
@@ -86,11 +99,15 @@ pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
         track: args.track,
         encoding: encoding::of(&args.encoding)?,
         identities: Identities::read(&args.encoding.identity)?,
+        freeze,
     };
     let (summary, held) = dump(args.pid, &args.dir, afterwards, args.fsync, choices)?;
     if !args.quiet {
         for lost in &summary.not_captured {
             output::note(&format!("not in the image: {lost}"));
+        }
+        if let Some(why) = &summary.fallback {
+            output::note(&format!("memory was copied while the process stood still: {why}"));
         }
         let printed = match (args.dir == Path::new("-"), args.json) {
             // Standard output is the image's.
@@ -149,10 +166,15 @@ pub(crate) fn dump(
     let target = Target::find_with(pid, choices.tcp, &choices.external_unix)?;
     // What is made in the directory from here on is removed again.
     let held = Held::begin(&[]);
-    let mut destination = match dir == Path::new("-") {
-        true => Destination::to_stream(stream::take_output()?, choices.encoding)?,
-        false => Destination::create_encoded(dir, fsync, choices.encoding)?,
+    let is_stream = dir == Path::new("-");
+    let destination = || -> anyhow::Result<Destination> {
+        let encoding = choices.encoding.clone();
+        Ok(match is_stream {
+            true => Destination::to_stream(stream::take_output()?, encoding)?,
+            false => Destination::create_encoded(dir, fsync, encoding)?,
+        })
     };
+    let mut first = destination()?;
     let survey = target.survey();
     let progress = Progress::new("dumping", survey.resident());
     let add = |bytes| progress.add(bytes);
@@ -167,18 +189,29 @@ pub(crate) fn dump(
     let cancel = Held::wants_end;
     options.cancel = Some(&cancel);
     let mut tracking = None;
-    if choices.track || parent.is_some() {
+    let tracked = choices.track || parent.is_some() || choices.freeze == Some(Freeze::Track);
+    let way = if tracked { Way::default() } else { target.choose(choices.freeze, options.runs_on)? };
+    if tracked {
         let mut watches = Tracking::resume(&target);
-        follow(&mut watches, &target, &mut destination, parent.as_ref(), &options)?;
+        follow(&mut watches, &target, &mut first, parent.as_ref(), &options)?;
         tracking = Some(watches);
     }
     let frozen = match &mut tracking {
-        Some(watches) => target.freeze_tracked(watches, &mut destination, &options),
-        None => target.freeze(options.runs_on),
+        Some(watches) => target.freeze_tracked(watches, &mut first, &options),
+        None => target.freeze_by(options.runs_on, way),
     };
     options.tracking = tracking.as_ref();
     let written = frozen.map_err(anyhow::Error::from);
-    let written = written.and_then(|frozen| write(frozen, destination, afterwards, &options, dir));
+    let written = written.and_then(|frozen| write(frozen, first, afterwards, &options, dir));
+    let written = written.or_else(|e| match e.downcast_ref() {
+        // A stream cannot be begun again.
+        Some(DumpError::Declined { why, .. }) if !is_stream => {
+            let destination = destination()?;
+            let frozen = target.freeze_by(options.runs_on, Way::copy_because(why.clone()))?;
+            write(frozen, destination, afterwards, &options, dir)
+        }
+        _ => Err(e),
+    });
     let (manifest, held) = held.end(written)?;
     if let Some(mut watches) = tracking
         && choices.track
@@ -199,6 +232,8 @@ pub(crate) fn dump(
         ran_on: manifest.ran_on,
         not_captured: manifest.not_captured,
         times: manifest.times,
+        freeze: manifest.freeze,
+        fallback: manifest.fallback,
     };
     Ok((summary, held))
 }
@@ -254,7 +289,8 @@ fn line(summary: &Summary, afterwards: Afterwards) -> String {
         0 | 1 => String::new(),
         n => format!(" and {} below it", output::count(n - 1, "process", "processes")),
     };
-    format!("dumped pid {pid} ({name}){more} to {dir}: {bytes}, frozen for {frozen}, {now}\n")
+    let by = if summary.freeze == Freeze::Copy { String::new() } else { format!(" by {}", summary.freeze) };
+    format!("dumped pid {pid} ({name}){more} to {dir}: {bytes}, frozen for {frozen}{by}, {now}\n")
 }
 
 #[cfg(test)]
@@ -275,6 +311,8 @@ mod tests {
             ran_on: false,
             not_captured: Vec::new(),
             times: Times { frozen: 1_500_000, ..Times::default() },
+            freeze: Freeze::Copy,
+            fallback: None,
         };
         assert_eq!(
             line(&summary, Afterwards::Ended),

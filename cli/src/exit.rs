@@ -90,7 +90,8 @@ fn of_dump(error: &DumpError) -> Exit {
         | DumpError::Traced { .. }
         | DumpError::Refused { .. }
         | DumpError::Timeout { .. }
-        | DumpError::Injection { .. } => Exit::Refused,
+        | DumpError::Injection { .. }
+        | DumpError::Declined { .. } => Exit::Refused,
         DumpError::Permission { .. } => Exit::Permission,
         DumpError::Image(e) => of_writing(e),
         DumpError::Kernel { source, .. } => of_errno(source.errno()),

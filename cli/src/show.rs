@@ -67,6 +67,8 @@ pub(crate) fn head(image: &Image) -> Result<String, std::fmt::Error> {
             output::nanoseconds(times.freezing),
         ),
     )?;
+    let fallback = manifest.fallback.as_ref().map_or_else(String::new, |why| format!("; {why}"));
+    line("freeze", format!("{}{fallback}", manifest.freeze))?;
     let afterwards = if manifest.ran_on {
         "the process was left alive: what it did since is not undone by a restore"
     } else {

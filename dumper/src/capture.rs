@@ -7,14 +7,17 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use torpor_image::description::Objects;
-use torpor_image::manifest::{Host, Manifest, Times};
+use torpor_image::extent::Record;
+use torpor_image::manifest::{Freeze, Host, Manifest, Times};
 use torpor_image::task::{Shares, Task};
+use torpor_image::vma::Vma;
 use torpor_image::write::{DataFile, ImageWriter};
 use torpor_image::zombie::Zombie;
 use torpor_image::{Bytes, Pid as ImagePid};
 use torpor_kernel::ids::{Pid, Tid};
 use torpor_kernel::stat;
 use torpor_parasite::script::Outcome;
+use torpor_parasite::wire::STACK;
 
 use crate::areas::Areas;
 use crate::collect::Collector;
@@ -24,9 +27,10 @@ use crate::error::{Error, Result};
 use crate::freeze::{Frozen, FrozenTree};
 use crate::gadget::Gadgets;
 use crate::hold::Hold;
-use crate::memory::{self, Copied, Space};
+use crate::memory::{self, Copied, Space, Watch};
 use crate::opened::Opened;
 use crate::scratch::{self, Files};
+use crate::snapshot::{self, Birth, Snapshot};
 use crate::stage::Stage;
 use crate::task::{self, Outside, Prepared};
 use crate::track::Tracking;
@@ -48,6 +52,9 @@ pub(crate) struct Captured<'s> {
     taken_at: u64,
     times: Times,
     runs_on: bool,
+    way: snapshot::Way,
+    /// Copies that are still to be read, by process.
+    snapshots: Vec<Option<Snapshot>>,
 }
 
 /// Captures a stopped tree: after this nothing of the image depends on it any more.
@@ -56,6 +63,7 @@ pub(crate) fn capture<'s>(
     hold: &mut Option<Hold>,
     (opened, known, before): (&[Opened], &HashMap<Pid, Gadgets>, &Before),
     mut stage: Option<&'s mut Stage>,
+    way: &snapshot::Way,
     to: Destination,
     options: &Options<'_>,
 ) -> Result<Captured<'s>> {
@@ -114,19 +122,29 @@ pub(crate) fn capture<'s>(
     }
     let numbers: HashMap<i32, usize> =
         stopped.processes.iter().enumerate().map(|(i, p)| (p.pid().0, i)).collect();
+    let births = births(way, root, &shares, &outsides)?;
+    // What is not in the copies as it is in the processes.
+    let apart: Vec<Vec<Vma>> = vmas
+        .iter()
+        .map(|all| all.iter().filter(|v| !births.is_empty() && !snapshot::copies(v)).cloned().collect())
+        .collect();
     let spaces: Vec<Space<'_>> = (0..vmas.len())
         .map(|i| Space {
             pid: stopped.processes[i].living(),
             // Memory that is another's is in the image once.
-            vmas: if shares[i].memory.is_some() { &[] } else { &vmas[i] },
-            parent: numbers.get(&outsides[i].ppid()).copied(),
+            vmas: match (shares[i].memory, births.is_empty()) {
+                (Some(_), _) => &[],
+                (None, true) => &vmas[i],
+                (None, false) => &apart[i],
+            },
+            parent: numbers.get(&outsides[i].ppid()).copied().filter(|_| births.is_empty()),
             covered: options.tracking.and_then(|t| t.covered(stopped.processes[i].pid())),
         })
         .collect();
-    let (outcomes, (pages, memory)) = {
+    let (outcomes, snapshots, (pages, memory)) = {
         let (stage, files) = (stage.as_deref_mut(), &mut files[..]);
         let ways: Vec<Way<'_>> = prepared.iter().zip(&outsides).zip(&gadgets).collect();
-        enter_and_copy(stopped, &shares, &ways, move || {
+        enter_and_copy(stopped, &shares, (&ways, &births), move || {
             let begin = Instant::now();
             Ok((memory::copy(&spaces, stage, files, &watch)?, begin.elapsed()))
         })?
@@ -175,6 +193,8 @@ pub(crate) fn capture<'s>(
             memory: (memory + begin.elapsed()).as_nanos() as u64,
         },
         runs_on: options.runs_on,
+        way: way.clone(),
+        snapshots,
     })
 }
 
@@ -205,8 +225,23 @@ fn threads(stopped: &FrozenTree) -> Result<Vec<Vec<thread::Outside>>> {
     stopped.processes.iter().map(|p| looks.by_ref().take(p.threads().len()).collect()).collect()
 }
 
+/// How every process is made to copy itself; none where they are not.
+fn births(way: &snapshot::Way, root: Pid, shares: &[Shares], outsides: &[Outside]) -> Result<Vec<Birth>> {
+    if way.freeze != Freeze::Fork {
+        return Ok(Vec::new());
+    }
+    if shares.iter().any(|s| s.memory.is_some()) {
+        let why = "processes of it share their memory (CLONE_VM)".into();
+        return Err(Error::Declined { pid: root, freeze: Freeze::Fork, why });
+    }
+    Ok(outsides.iter().map(|outside| Birth::of(&outside.maps, STACK)).collect())
+}
+
 /// How a process is entered: its scripts, its memory map, the code that is used for it.
 type Way<'a> = ((&'a Prepared, &'a Outside), &'a Gadgets);
+
+/// What the scripts of each process left, its copy if one was to be made, and what was copied meanwhile.
+type Entered<T> = (Vec<Vec<Outcome>>, Vec<Option<Snapshot>>, T);
 
 /// Enters all processes, each by its way, and copies memory meanwhile. What several processes share is entered by one
 /// after the other, and copied then; so is what has something written where it may be live.
@@ -217,9 +252,9 @@ type Way<'a> = ((&'a Prepared, &'a Outside), &'a Gadgets);
 fn enter_and_copy<T: Send>(
     stopped: &mut FrozenTree,
     shares: &[Shares],
-    ways: &[Way<'_>],
+    (ways, births): (&[Way<'_>], &[Birth]),
     copy: impl FnOnce() -> Result<T> + Send,
-) -> Result<(Vec<Vec<Outcome>>, T)> {
+) -> Result<Entered<T>> {
     let mut visitors: HashMap<i32, usize> = HashMap::new();
     let pids: Vec<i32> = stopped.processes.iter().map(|p| p.pid().0).collect();
     let turns: Vec<usize> = pids
@@ -237,34 +272,56 @@ fn enter_and_copy<T: Send>(
         let of_turn = (0..turns.len()).filter(|i| turns[*i] == turn);
         of_turn.zip(all).for_each(|(i, outcome)| outcomes[i] = outcome);
     };
-    let ready = visits(stopped, ways, &turns, 0)?;
+    let named: Vec<Pid> = stopped.processes.iter().map(Frozen::pid).collect();
+    // Where there are copies to be made, all have the first turn.
+    let allow = |outcomes: &[&[Outcome]]| {
+        let mut all = ways.iter().zip(&named).zip(outcomes);
+        let obstacle = all.find_map(|((((prepared, _), _), pid), outcome)| prepared.obstacle(*pid, outcome));
+        match obstacle {
+            Some(why) => Err(Error::Declined { pid: named[0], freeze: Freeze::Fork, why }),
+            None => Ok(()),
+        }
+    };
+    let mut snapshots = Vec::new();
+    let mut unpack = |all: Vec<inject::Left>| -> Vec<Vec<Outcome>> {
+        all.into_iter()
+            .map(|left| {
+                if !births.is_empty() {
+                    snapshots.push(left.snapshot);
+                }
+                left.outcomes
+            })
+            .collect()
+    };
+    let ready = visits(stopped, ways, births, &turns, 0)?;
     if last == 0 && !ready.borrows() {
         let (all, copied) = std::thread::scope(|scope| {
             let copier = scope.spawn(copy);
-            let all = ready.run();
+            let all = ready.run_then(allow);
             (all, copier.join().expect("what copies does not panic"))
         });
-        note(0, all?);
-        return Ok((outcomes, copied?));
+        note(0, unpack(all?));
+        return Ok((outcomes, snapshots, copied?));
     }
-    note(0, ready.run()?);
+    note(0, unpack(ready.run_then(allow)?));
     for turn in 1..=last {
-        let all = visits(stopped, ways, &turns, turn)?.run()?;
+        let all = visits(stopped, ways, &[], &turns, turn)?.run()?;
         note(turn, all);
     }
-    Ok((outcomes, copy()?))
+    Ok((outcomes, snapshots, copy()?))
 }
 
 /// Makes those ready whose turn it is.
 fn visits<'a>(
     stopped: &'a mut FrozenTree,
     ways: &[Way<'a>],
+    births: &'a [Birth],
     turns: &[usize],
     turn: usize,
 ) -> Result<inject::Ready<'a>> {
-    let all = stopped.processes.iter_mut().zip(ways).zip(turns).filter(|(_, t)| **t == turn);
-    let visits = all.map(|((process, ((prepared, outside), gadgets)), _)| {
-        prepared.visit(process, **gadgets, &outside.maps, None)
+    let all = stopped.processes.iter_mut().zip(ways).zip(turns).enumerate().filter(|(_, (_, t))| **t == turn);
+    let visits = all.map(|(i, ((process, ((prepared, outside), gadgets)), _))| {
+        prepared.visit(process, **gadgets, &outside.maps, None, births.get(i))
     });
     inject::prepare(visits.collect())
 }
@@ -293,7 +350,16 @@ impl Captured<'_> {
             .iter()
             .map(|t| options.tracking.and_then(|tracking| tracking.covered(Pid(t.pid.0))))
             .collect();
-        let records = self.pages.finish(self.root, self.stage, &mut self.files, &watch, &covered)?;
+        let mut records = self.pages.finish(self.root, self.stage, &mut self.files, &watch, &covered)?;
+        if !self.snapshots.is_empty() {
+            let more = read_snapshots(self.root, &self.snapshots, &self.tasks, &mut self.files, &watch)?;
+            // What they hold is given back while the rest is written; they are waited for at the end.
+            self.snapshots.iter_mut().flatten().for_each(Snapshot::kill);
+            for (records, more) in records.iter_mut().zip(more) {
+                records.extend(more);
+                records.sort_by_key(|r| r.address);
+            }
+        }
         for (task, records) in self.tasks.iter_mut().zip(&records) {
             task.memory.pages = self.writer.add_records(records);
         }
@@ -315,9 +381,50 @@ impl Captured<'_> {
             ran_on: self.runs_on,
             not_captured: self.losses,
             times: self.times,
+            freeze: self.way.freeze,
+            fallback: self.way.fallback,
             ..Manifest::default()
         };
         Ok(Dumped { manifest: self.writer.finish(manifest)? })
+    }
+}
+
+/// Reads the copies of all processes into the files. Gives records by process.
+///
+/// Which pages a process had in common with its parent is seen in their copies as well: what either writes since goes to
+/// a page of its own.
+fn read_snapshots(
+    root: Pid,
+    snapshots: &[Option<Snapshot>],
+    tasks: &[Task],
+    files: &mut [DataFile],
+    watch: &Watch<'_>,
+) -> Result<Vec<Vec<Record>>> {
+    let lost = || {
+        let why =
+            "a copy was ended before it had been read: for want of memory, it is the first to go".into();
+        Error::Declined { pid: root, freeze: Freeze::Fork, why }
+    };
+    let vmas: Vec<Vec<Vma>> = tasks
+        .iter()
+        .map(|task| task.memory.vmas.iter().filter(|v| snapshot::copies(v)).cloned().collect())
+        .collect();
+    let all = snapshots.iter().zip(tasks).zip(&vmas);
+    let spaces: Option<Vec<Space<'_>>> = all
+        .map(|((snapshot, task), vmas)| {
+            let parent = tasks.iter().position(|t| t.pid == task.ppid);
+            Some(Space { pid: snapshot.as_ref()?.pid(), vmas, parent, covered: None })
+        })
+        .collect();
+    let spaces = spaces.ok_or_else(lost)?;
+    let none = vec![None; spaces.len()];
+    let read = memory::copy(&spaces, None, files, watch)
+        .and_then(|read| read.finish(root, None, files, watch, &none));
+    // Asked at the end: it covers all that was read before.
+    match snapshots.iter().flatten().all(Snapshot::stands) {
+        true => read,
+        false if matches!(read, Err(Error::Cancelled { .. })) => read,
+        false => Err(lost()),
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use torpor_image::Encoding;
-use torpor_image::manifest::Manifest;
+use torpor_image::manifest::{Freeze, Manifest};
 use torpor_image::stream::Output;
 use torpor_image::write::{DataFile, ImageWriter};
 use torpor_kernel::ids::Pid;
@@ -21,12 +21,13 @@ use crate::memory::{self, Watch};
 use crate::opened::Opened;
 use crate::restart::Restarts;
 use crate::rules::Rules;
+use crate::snapshot::Way;
 use crate::stage::Stage;
 use crate::survey::{self, Survey};
 use crate::tcp::{self, TcpPolicy};
 use crate::track::Tracking;
 use crate::unix::{self, ExternalUnix};
-use crate::{areas, inotify, io_uring, netlink, pty};
+use crate::{areas, inotify, io_uring, netlink, pty, snapshot};
 
 /// How often the freeze is put off for programs to take in what a dump would lose: 127 ms in all.
 const MOMENTS: u32 = 7;
@@ -128,6 +129,7 @@ pub struct Frozen {
     gadgets: HashMap<Pid, Gadgets>,
     before: Before,
     stage: Option<Stage>,
+    way: Way,
 }
 
 /// What was looked at right before the freeze, because it shows only then or takes a while.
@@ -224,7 +226,23 @@ impl Target {
     /// would lose, or has not mapped its libc yet. `runs_on` tells whether it shall do so after the dump; it is as well
     /// to stand for a shorter time then, at the price of more memory for us.
     pub fn freeze(&self, runs_on: bool) -> Result<Frozen> {
-        self.freeze_with(Stage::for_bytes(self.anonymous, runs_on), || Ok(()))
+        self.freeze_by(runs_on, Way::default())
+    }
+
+    /// In which way its memory had best be taken, or can be of the one that is wished for. `runs_on` tells whether it
+    /// shall do so after the dump.
+    pub fn choose(&self, wish: Option<Freeze>, runs_on: bool) -> Result<Way> {
+        snapshot::choose(self.root, &self.survey, self.anonymous, wish, runs_on)
+    }
+
+    /// Stops it as [`Target::freeze`] does, to have its memory taken in a way that was chosen. A dump by
+    /// [`Freeze::Fork`] may still find that it cannot be ([`Error::Declined`]).
+    pub fn freeze_by(&self, runs_on: bool, way: Way) -> Result<Frozen> {
+        let stage = match way.freeze {
+            Freeze::Fork => None,
+            _ => Stage::for_bytes(self.anonymous, runs_on),
+        };
+        self.freeze_with(stage, way, || Ok(()))
     }
 
     /// The same for a tree that was followed: little of it is left to be copied.
@@ -235,7 +253,8 @@ impl Target {
         options: &Options<'_>,
     ) -> Result<Frozen> {
         let stage = Stage::for_bytes(tracking.expected().min(self.anonymous), true);
-        self.freeze_with(stage, || tracking.catch_up(to, options))
+        let way = Way { freeze: Freeze::Track, ..Way::default() };
+        self.freeze_with(stage, way, || tracking.catch_up(to, options))
     }
 
     /// Stops the tree for a moment, and tells by which code its processes can be entered.
@@ -255,7 +274,12 @@ impl Target {
     }
 
     /// `last` is done when all else is ready.
-    fn freeze_with(&self, stage: Option<Stage>, last: impl FnOnce() -> Result<()>) -> Result<Frozen> {
+    fn freeze_with(
+        &self,
+        stage: Option<Stage>,
+        way: Way,
+        last: impl FnOnce() -> Result<()>,
+    ) -> Result<Frozen> {
         let pids = || self.survey.processes.iter().map(|p| p.pid);
         let before = Before {
             areas: if self.maps_took < areas::SLOW { Areas::default() } else { Areas::read(pids()) },
@@ -281,7 +305,7 @@ impl Target {
             }
             match self.gadgets_of(&stopped, &mut known) {
                 Ok(gadgets) => {
-                    return Ok(Frozen { hold: None, stopped, opened, gadgets, before, stage });
+                    return Ok(Frozen { hold: None, stopped, opened, gadgets, before, stage, way });
                 }
                 Err(e) if starts == STARTS => return Err(e),
                 // One has executed another program since, which may have mapped no libc yet.
@@ -321,6 +345,7 @@ impl Frozen {
             &mut self.hold,
             (&self.opened, &self.gadgets, &self.before),
             self.stage.as_mut(),
+            &self.way,
             to,
             options,
         )?
@@ -330,9 +355,9 @@ impl Frozen {
     /// Writes an image of the tree, letting it go on as soon as it has been captured: a small one before its
     /// image is written.
     pub fn dump_and_resume(mut self, to: Destination, options: &Options<'_>) -> Result<Dumped> {
-        let Frozen { hold, stopped, opened, gadgets, before, stage } = &mut self;
+        let Frozen { hold, stopped, opened, gadgets, before, stage, way } = &mut self;
         let known = (&opened[..], &*gadgets, &*before);
-        let captured = capture(stopped, hold, known, stage.as_mut(), to, options)?;
+        let captured = capture(stopped, hold, known, stage.as_mut(), way, to, options)?;
         stopped.release();
         captured.finish(options)
     }

@@ -4,6 +4,7 @@ use std::fmt;
 
 use nix::errno::Errno;
 use torpor_image as image;
+use torpor_image::manifest::Freeze;
 use torpor_kernel as kernel;
 use torpor_kernel::ids::{Pid, Tid};
 
@@ -127,6 +128,16 @@ pub enum Error {
     Cancelled {
         /// The process.
         pid: Pid,
+    },
+    /// The memory cannot be taken in the way that was asked for or chosen; by copying it can.
+    #[error("cannot dump {} by `--freeze {freeze}`: {why}; the process goes on as before", whom(*pid))]
+    Declined {
+        /// The process.
+        pid: Pid,
+        /// The way.
+        freeze: Freeze,
+        /// What stands in the way.
+        why: String,
     },
     /// A kernel call failed.
     #[error(

@@ -25,7 +25,7 @@ use torpor_kernel::{process, status};
 use crate::error::{Error, Refusal, Result};
 
 /// How threads are traced.
-const OPTIONS: u32 = ptrace::OPTION_SYSGOOD;
+pub(crate) const OPTIONS: u32 = ptrace::OPTION_SYSGOOD;
 /// How long a thread may take to stop, and a tree to hold still.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// After which time a thread that has not stopped is asked whether it waits for a vfork child.
@@ -366,6 +366,11 @@ impl Frozen {
             Some(stop) => Ok(stop),
             None => Err(self.died(&format!("thread {tid} ended"))),
         }
+    }
+
+    /// Waits for the next stop of a task that was born for us; `None` when it has ended.
+    pub(crate) fn wait_for_born(&self, tid: Tid) -> Result<Option<Stop>> {
+        self.wait_until(tid, Instant::now() + PATIENCE)
     }
 
     /// The process.

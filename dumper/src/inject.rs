@@ -21,6 +21,7 @@
 //! The tracer itself takes the shorter way: registers are set back through ptrace, so that the kernel's own
 //! memory of an interrupted system call, which rt_sigreturn would clear, still holds.
 
+mod birth;
 mod infected;
 mod room;
 
@@ -37,6 +38,7 @@ use torpor_parasite::wire::TRAPS;
 use crate::error::Result;
 use crate::freeze::Frozen;
 use crate::gadget::Gadgets;
+use crate::snapshot::{Birth, Snapshot};
 
 /// What a thread looked like when it stopped: enough to put it back.
 #[derive(Clone, Debug)]
@@ -71,6 +73,8 @@ pub(crate) struct Visit<'a> {
     pub(crate) scripts: &'a [Script],
     /// The operation of the leader's script after which it shows us a descriptor ([`lend`]).
     pub(crate) lends: Option<OpId>,
+    /// To make a copy of the process, after the scripts.
+    pub(crate) birth: Option<&'a Birth>,
 }
 
 /// Adds to the script of a leader, which knows itself by `own_tgid` and `own_tid`: a call of ours that makes a
@@ -115,6 +119,14 @@ pub(crate) fn prepare(visits: Vec<Visit<'_>>) -> Result<Ready<'_>> {
     Ok(ready)
 }
 
+/// What a visit left.
+#[derive(Debug)]
+pub(crate) struct Left {
+    pub(crate) outcomes: Vec<Outcome>,
+    lent: Option<OwnedFd>,
+    pub(crate) snapshot: Option<Snapshot>,
+}
+
 impl Ready<'_> {
     /// Whether something is written in a process for the time of the visit where it may have live memory.
     pub(crate) fn borrows(&self) -> bool {
@@ -126,26 +138,40 @@ impl Ready<'_> {
     ///
     /// Each step is taken by all before the next one by any: while the tracer prepares one, others run.
     pub(crate) fn run(self) -> Result<Vec<Vec<Outcome>>> {
-        self.visit().into_iter().map(|visited| visited.map(|(outcomes, _)| outcomes)).collect()
+        self.visit(|_| Ok(())).into_iter().map(|left| left.map(|left| left.outcomes)).collect()
     }
 
     /// The same, for what was lent by each; an error concerns one of them.
     pub(crate) fn borrow(self) -> Vec<Result<Option<OwnedFd>>> {
-        self.visit().into_iter().map(|visited| visited.map(|(_, lent)| lent)).collect()
+        self.visit(|_| Ok(())).into_iter().map(|left| left.map(|left| left.lent)).collect()
     }
 
-    fn visit(self) -> Vec<Result<(Vec<Outcome>, Option<OwnedFd>)>> {
+    /// The same as `run`, and makes copies of the processes that are to have one unless `allow` finds, in what the scripts
+    /// left, that there must be none.
+    pub(crate) fn run_then(self, allow: impl FnOnce(&[&[Outcome]]) -> Result<()>) -> Result<Vec<Left>> {
+        self.visit(allow).into_iter().collect()
+    }
+
+    fn visit(self, allow: impl FnOnce(&[&[Outcome]]) -> Result<()>) -> Vec<Result<Left>> {
         let mut all = self.0;
+        let fine = |all: &[Infected<'_>]| all.iter().all(|i| i.failed.is_none());
         enter(&mut all);
-        if all.iter().all(|i| i.failed.is_none()) {
+        if fine(&all) {
             sweep(&mut all, Infected::start);
             sweep(&mut all, Infected::collect);
+        }
+        if fine(&all) && all.iter().any(|i| i.birth.is_some()) {
+            let outcomes: Vec<&[Outcome]> = all.iter().map(|i| &i.outcomes[..]).collect();
+            match allow(&outcomes) {
+                Ok(()) => birth::run(&mut all),
+                Err(e) => all[0].failed = Some(e),
+            }
         }
         leave(&mut all);
         all.into_iter()
             .map(|i| match (i.failed, i.left) {
                 (Some(e), _) | (None, Err(e)) => Err(e),
-                (None, Ok(())) => Ok((i.outcomes, i.lent)),
+                (None, Ok(())) => Ok(Left { outcomes: i.outcomes, lent: i.lent, snapshot: i.progress.copy }),
             })
             .collect()
     }

@@ -108,7 +108,7 @@ impl Drop for Stage {
 }
 
 /// Memory the kernel could give without swapping (/proc/meminfo), within the limits of our control groups.
-fn available() -> u64 {
+pub(crate) fn available() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
     let free =

@@ -21,6 +21,7 @@ use crate::freeze::Frozen;
 use crate::gadget::Gadgets;
 use crate::inject::{self, Before, Entry, Visit};
 use crate::restart::Restarts;
+use crate::snapshot::{self, Birth};
 use crate::{areas, signal, sysv_sem, terminal, thread, timer};
 
 /// prctl(2) operations (linux/prctl.h).
@@ -212,6 +213,7 @@ impl Prepared {
         gadgets: Gadgets,
         maps: &'a [Mapping],
         other: Option<&'a Script>,
+        birth: Option<&'a Birth>,
     ) -> Visit<'a> {
         Visit {
             frozen,
@@ -220,7 +222,14 @@ impl Prepared {
             entry: Entry { maps, gadgets, taken_signals: self.taken, own_tgid: self.own_tgid },
             scripts: other.map_or(&self.scripts, std::slice::from_ref),
             lends: None,
+            birth,
         }
+    }
+
+    /// What stands in the way of a copy of the process, after it was asked.
+    pub(crate) fn obstacle(&self, pid: Pid, outcomes: &[Outcome]) -> Option<String> {
+        let subreaper = outcomes.first().is_some_and(|first| first.u32(self.asked.subreaper) != 0);
+        snapshot::obstacle_of(pid, self.own_tgid, subreaper)
     }
 
     /// The code that the kernel maps into every process, if this one has not unmapped it.
@@ -244,7 +253,7 @@ pub(crate) fn assemble(
 ) -> Result<Task> {
     let (own_pid, pid) = (frozen.pid(), frozen.living());
     sysv_sem::adjustments(collector, own_pid, |script| {
-        let visit = prepared.visit(frozen, gadgets, &outside.maps, Some(script));
+        let visit = prepared.visit(frozen, gadgets, &outside.maps, Some(script), None);
         let answers = inject::prepare(vec![visit])?.run()?;
         Ok(answers.into_iter().flatten().next().unwrap_or_default())
     })?;

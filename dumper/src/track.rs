@@ -259,6 +259,7 @@ impl Way {
             entry,
             scripts: &self.scripts,
             lends: self.lends,
+            birth: None,
         }
     }
 }

@@ -41,6 +41,35 @@ pub struct Manifest {
     /// Those data files.
     #[serde(default)]
     pub borrowed: Vec<Borrowed>,
+    /// In which way the memory was taken.
+    #[serde(default)]
+    pub freeze: Freeze,
+    /// Why not in the way that was asked for, or that would have been chosen.
+    #[serde(default)]
+    pub fallback: Option<String>,
+}
+
+/// A way to take the memory of a tree.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Freeze {
+    /// It was copied while the tree stood still.
+    #[default]
+    Copy,
+    /// Copy-on-write children were made while it stood still, and read afterwards.
+    Fork,
+    /// What had changed since a dump before was copied while it stood still.
+    Track,
+}
+
+impl std::fmt::Display for Freeze {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Freeze::Copy => "copy",
+            Freeze::Fork => "fork",
+            Freeze::Track => "track",
+        })
+    }
 }
 
 /// The machine of a dump.

@@ -10,9 +10,23 @@ use crate::{Pid, Result};
 /// Bytes that may still be taken before the tightest limit of memory is met, of the group and of all above it; `None`
 /// without any limit that can be read.
 pub fn memory_left() -> Option<u64> {
-    let groups = read("/proc/self/cgroup").ok()?;
+    memory_left_of(Pid::this())
+}
+
+/// The same for the groups of another process.
+pub fn memory_left_of(pid: Pid) -> Option<u64> {
+    left_of(pid, MEMORY)
+}
+
+/// How many more tasks the groups of a process may have; `None` without any limit that can be read.
+pub fn tasks_left_of(pid: Pid) -> Option<u64> {
+    left_of(pid, TASKS)
+}
+
+fn left_of(pid: Pid, what: Resource) -> Option<u64> {
+    let groups = read(&format!("/proc/{pid}/cgroup")).ok()?;
     let mounts = mountinfo(Pid::this()).ok()?;
-    let left = lines(&groups).filter_map(|line| group(line, &mounts)).flat_map(|(at, top, files)| {
+    let left = lines(&groups).filter_map(|line| group(line, &mounts, what)).flat_map(|(at, top, files)| {
         let above = std::iter::successors(Some(at), |at| at.parent().map(Into::into));
         above.take_while(move |at| at.starts_with(&top)).filter_map(move |at| left(&at, files).ok().flatten())
     });
@@ -22,19 +36,40 @@ pub fn memory_left() -> Option<u64> {
 /// Names of the files that tell limit and usage.
 type Files = (&'static str, &'static str);
 
-/// The directory of a group that limits memory, and the mount that it is below.
-fn group(line: &[u8], mounts: &[Mount]) -> Option<(std::path::PathBuf, std::path::PathBuf, Files)> {
+/// What is limited.
+#[derive(Clone, Copy)]
+struct Resource {
+    /// Its controller of version 1.
+    controller: &'static [u8],
+    v1: Files,
+    v2: Files,
+}
+
+const MEMORY: Resource = Resource {
+    controller: b"memory",
+    v1: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    v2: ("memory.max", "memory.current"),
+};
+const TASKS: Resource =
+    Resource { controller: b"pids", v1: ("pids.max", "pids.current"), v2: ("pids.max", "pids.current") };
+
+/// The directory of a group that limits a resource, and the mount that it is below.
+fn group(
+    line: &[u8],
+    mounts: &[Mount],
+    what: Resource,
+) -> Option<(std::path::PathBuf, std::path::PathBuf, Files)> {
     use std::os::unix::ffi::OsStrExt;
     let mut fields = line.splitn(3, |b| *b == b':');
     let (_, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
-    let is_v1 = controllers.split(|b| *b == b',').any(|c| c == b"memory");
+    let is_v1 = controllers.split(|b| *b == b',').any(|c| c == what.controller);
     let (kind, files): (&[u8], Files) = match controllers {
-        b"" => (b"cgroup2", ("memory.max", "memory.current")),
-        _ if is_v1 => (b"cgroup", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+        b"" => (b"cgroup2", what.v2),
+        _ if is_v1 => (b"cgroup", what.v1),
         _ => return None,
     };
     let fits = |m: &&Mount| {
-        m.fs_type == kind && (!is_v1 || m.super_options.split(|b| *b == b',').any(|o| o == b"memory"))
+        m.fs_type == kind && (!is_v1 || m.super_options.split(|b| *b == b',').any(|o| o == what.controller))
     };
     let mount = mounts.iter().find(fits)?;
     // A group above the mounted one cannot be seen.
@@ -66,7 +101,7 @@ mod tests {
 
     #[test]
     fn groups_are_found_below_their_mounts() {
-        let of = |line: &[u8]| group(line, &mounts()).map(|(at, ..)| at.display().to_string());
+        let of = |line: &[u8]| group(line, &mounts(), MEMORY).map(|(at, ..)| at.display().to_string());
         assert_eq!(of(b"4:memory:/a/b").as_deref(), Some("/sys/fs/cgroup/memory/a/b"));
         assert_eq!(of(b"0::/box/c").as_deref(), Some("/sys/fs/cgroup/unified/c"));
         assert_eq!(of(b"0::/elsewhere"), None);

@@ -8,7 +8,7 @@ use std::mem::size_of;
 use nix::errno::Errno;
 
 use crate::error::check;
-use crate::text::{hex, list, list_numbers, number, read, read_record, readlink, words};
+use crate::text::{hex, lines, list, list_numbers, number, read, read_record, readlink, words};
 use crate::{Error, Pid, Result, Tid, abi, stat};
 
 /// The threads, in order of tid.
@@ -99,6 +99,30 @@ pub fn oom_score_adj(pid: Pid) -> Result<i32> {
     let path = format!("/proc/{pid}/oom_score_adj");
     let text = read_record(&path)?;
     number(&text).ok_or_else(|| Error::parse(path, &text))
+}
+
+/// How many tasks the user of a process may have for it to make another (`RLIMIT_NPROC`); `None` for no limit.
+/// Read from /proc: prlimit64 of another user's process wants a privilege that even root may lack.
+pub fn task_limit(pid: Pid) -> Option<u64> {
+    let text = read(&format!("/proc/{pid}/limits")).ok()?;
+    let line = lines(&text).find_map(|l| l.strip_prefix(b"Max processes"))?;
+    number(line.trim_ascii_start().split(u8::is_ascii_whitespace).next()?)
+}
+
+/// How many tasks there are in all, those of the kernel among them (/proc/loadavg, the second number of the fourth
+/// field).
+pub fn tasks_of_all_users() -> Option<u64> {
+    let text = read("/proc/loadavg").ok()?;
+    let field = text.split(u8::is_ascii_whitespace).nth(3)?;
+    number(field.splitn(2, |b| *b == b'/').nth(1)?)
+}
+
+/// How many tasks have this real user. Takes a look at every process.
+pub fn tasks_of_user(uid: u32) -> u64 {
+    let all = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse().ok().map(Pid));
+    let of_user = pids.filter_map(|pid| crate::status::of_process(pid).ok()).filter(|s| s.uids[0] == uid);
+    of_user.map(|s| u64::from(s.threads)).sum()
 }
 
 /// Which kinds of mappings go into a core dump; `None` for a task without memory, or without CONFIG_ELF_CORE.

@@ -261,6 +261,19 @@ impl Script {
         self.push(kind::SPAWN, purpose, libc_clone3(), &args, expect, id.unwrap_or(0))
     }
 
+    /// The same, with any result.
+    pub fn try_spawn(
+        &mut self,
+        purpose: impl Into<Cow<'static, str>>,
+        clone_args: Data,
+        context: u32,
+        stack_size: u64,
+    ) -> OpId {
+        let op = self.spawn(purpose, clone_args, context, stack_size, None);
+        self.steps[op.0 as usize].expect = expect::ANY;
+        op
+    }
+
     fn push(
         &mut self,
         kind: u32,

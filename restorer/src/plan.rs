@@ -197,7 +197,8 @@ impl Plan {
 /// Plans the restore of an image on a host.
 pub fn plan(image: &Image, host: &Host, options: &Options) -> Result<Plan> {
     let (opens, feeds) = (Vec::new(), BTreeMap::new());
-    let mut planner = Planner { image, host, crew: Crew::default(), opens, notes: Vec::new(), feeds, turn: 0 };
+    let mut planner =
+        Planner { image, host, crew: Crew::default(), opens, notes: Vec::new(), feeds, turn: 0 };
     notes(&mut planner);
     for task in &image.tasks {
         fits(&mut planner, task)?;

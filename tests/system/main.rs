@@ -15,6 +15,7 @@ mod lazy;
 mod obstacles;
 mod pty;
 mod refusals;
+mod snapshot;
 mod state;
 mod terminal;
 mod track;
@@ -44,6 +45,7 @@ fn main() {
     trials.extend(io_uring::trials());
     trials.extend(encoding::trials());
     trials.extend(lazy::trials());
+    trials.extend(snapshot::trials());
     if !torpor_tests::is_root() {
         eprintln!("not root: tests that need it are ignored");
         trials = trials.into_iter().map(|t| t.with_ignored_flag(true)).collect();

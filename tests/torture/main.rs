@@ -1,6 +1,7 @@
 //! kill -9 of `torpor dump` at random moments: the processes must never notice.
 //!
-//! `TORTURE_ROUNDS` says how often (40 if unset), `TORTURE_SEED` which moments.
+//! `TORTURE_ROUNDS` says how often (40 if unset), `TORTURE_SEED` which moments, `TORTURE_FREEZE` by which way to freeze
+//! in all of them (`--freeze`).
 
 mod grove;
 
@@ -53,6 +54,12 @@ fn main() {
         torture_with(&victim("sysv_msg")?, number("TORTURE_ROUNDS", 40) / 4 + 1)?;
         Ok(torture_with(&victim("sysv_sem")?, number("TORTURE_ROUNDS", 40) / 4 + 1)?)
     }));
+    trials.push(Trial::test("killed dumps by copy-on-write children", || {
+        let rounds = number("TORTURE_ROUNDS", 40);
+        torture_by(&victim("snapshot")?, rounds, Some("fork"))?;
+        torture_by(&victim("kitchen")?, rounds / 2 + 1, Some("fork"))?;
+        Ok(torture_by(&victim("sysv_shm")?, rounds / 4 + 1, Some("fork"))?)
+    }));
     trials.push(Trial::test("killed dumps of a tree", || Ok(grove::torture(number("TORTURE_ROUNDS", 40))?)));
     let trials = trials.into_iter().map(|t| t.with_ignored_flag(!is_root())).collect();
     libtest_mimic::run(&arguments, trials).exit();
@@ -67,9 +74,14 @@ fn torture(program: &Path) -> Outcome {
 }
 
 fn torture_with(program: &Path, rounds: u64) -> Outcome {
+    torture_by(program, rounds, None)
+}
+
+/// Kills dumps that freeze in this way.
+fn torture_by(program: &Path, rounds: u64, freeze: Option<&'static str>) -> Outcome {
     let seed = number("TORTURE_SEED", std::process::id().into());
     let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-    let mut subject = Subject::start(program)?;
+    let mut subject = Subject::start(program, freeze)?;
     let mut duration = subject.duration()?;
     let (mut harmed, mut killed, mut finished, mut worst) = (String::new(), 0, 0, Duration::ZERO);
     let mut harms = 0;
@@ -94,7 +106,7 @@ fn torture_with(program: &Path, rounds: u64) -> Outcome {
                     "round {round}, killed {died} at {moment:?} of {duration:?}: {e}\n{}",
                     threads_of(subject.victim.pid)
                 );
-                subject = Subject::start(program)?;
+                subject = Subject::start(program, freeze)?;
                 duration = subject.duration()?;
             }
         }
@@ -123,10 +135,11 @@ struct Subject {
     victim: Victim,
     image: PathBuf,
     before: BTreeMap<String, Vec<String>>,
+    options: Vec<String>,
 }
 
 impl Subject {
-    fn start(program: &Path) -> Outcome<Self> {
+    fn start(program: &Path, freeze: Option<&str>) -> Outcome<Self> {
         let victim = Victim::start_program(program, &[])?;
         std::thread::sleep(Duration::from_millis(100));
         // What holds most of the time: a busy process may have something open for a moment.
@@ -141,7 +154,12 @@ impl Subject {
         }
         let before = seen.into_iter().max_by_key(|(_, n)| *n).ok_or("no picture")?.0;
         let image = victim.dir.path().join("image");
-        Ok(Subject { victim, image, before })
+        let mut options = vec!["--leave-running".to_owned()];
+        let everywhere = std::env::var("TORTURE_FREEZE").ok();
+        if let Some(freeze) = freeze.or(everywhere.as_deref()) {
+            options.extend(["--freeze".to_owned(), freeze.to_owned()]);
+        }
+        Ok(Subject { victim, image, before, options })
     }
 
     /// How long an undisturbed dump takes.
@@ -158,7 +176,8 @@ impl Subject {
     }
 
     fn killed_dump(&mut self, moment: Duration) -> Outcome<bool> {
-        killed_dump(self.victim.pid, &self.image, &["--leave-running"], moment)
+        let options: Vec<&str> = self.options.iter().map(String::as_str).collect();
+        killed_dump(self.victim.pid, &self.image, &options, moment)
     }
 
     /// Whether the process is as it was, and how long it took to be.
@@ -178,6 +197,7 @@ impl Subject {
             }
         }
         let took = begin.elapsed();
+        no_copies()?;
         self.victim.ticks(2)?;
         Ok(took)
     }
@@ -209,6 +229,31 @@ impl Subject {
             ensure!(exe != torpor(), "a torpor process is left: {pid}");
         }
         Ok(())
+    }
+}
+
+/// No copy of a process is left, nor what made one: orphans are children of this process.
+fn no_copies() -> Outcome {
+    let begin = Instant::now();
+    loop {
+        let mine = fs::read_to_string(format!("/proc/self/task/{}/children", std::process::id()));
+        let mine = mine.unwrap_or_default();
+        let copies = mine.split_whitespace().filter_map(|p| p.parse::<i32>().ok()).filter(|pid| {
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            name.trim_end() == "torpor-snapshot"
+        });
+        let copies: Vec<i32> = copies.collect();
+        if copies.is_empty() {
+            return Ok(());
+        }
+        for pid in &copies {
+            // SAFETY: no status is asked for.
+            unsafe { libc::waitpid(*pid, std::ptr::null_mut(), libc::WNOHANG | libc::__WALL) };
+        }
+        // Memory of a hundred MiB is given back in a time that others on the machine decide.
+        let states: Vec<_> = copies.iter().map(|pid| (*pid, state(*pid), threads_of(*pid))).collect();
+        ensure!(begin.elapsed() < 10 * RECOVERY, "copies are left: {states:?}");
+        std::thread::sleep(Duration::from_micros(300));
     }
 }
 

@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 
 use torpor_blob::{BLOB, ENTRY};
+use torpor_image::manifest::Freeze;
 use torpor_kernel::fds;
 use torpor_kernel::ids::{RemoteAddr, Tid};
 use torpor_kernel::memory::Memory;
@@ -10,10 +11,12 @@ use torpor_kernel::ptrace::{self, Stop};
 use torpor_parasite::script::{OpId, Outcome, Placed, Script, Surroundings};
 use torpor_parasite::wire::{Context, Heal, STACK, command, heal, state};
 
+use super::birth::{Nursery, Progress};
 use super::{Before, Visit, room, trap};
 use crate::error::{Error, Result};
 use crate::freeze::Frozen;
 use crate::gadget::Gadgets;
+use crate::snapshot::Birth;
 
 const PAGE: u64 = 4096;
 /// `si_code` of a signal sent by tgkill (asm-generic/siginfo.h).
@@ -31,7 +34,7 @@ struct Seat {
 /// A process with our mapping in it.
 pub(super) struct Infected<'a> {
     frozen: &'a mut Frozen,
-    memory: &'a Memory,
+    pub(super) memory: &'a Memory,
     pub(super) threads: &'a [Before],
     gadgets: Gadgets,
     own_tgid: i32,
@@ -65,12 +68,15 @@ pub(super) struct Infected<'a> {
     pub(super) failed: Option<Error>,
     /// How the way out went.
     pub(super) left: Result<()>,
+    /// The copy to be made, and where its scripts lie.
+    pub(super) birth: Option<(&'a Birth, Nursery)>,
+    pub(super) progress: Progress,
 }
 
 impl<'a> Infected<'a> {
     /// Decides where everything goes and writes the way back; the process has not run yet.
     pub(super) fn prepare(visit: Visit<'a>) -> Result<Self> {
-        let Visit { frozen, memory, threads, entry, scripts, lends } = visit;
+        let Visit { frozen, memory, threads, entry, scripts, lends, birth } = visit;
         let pid = frozen.pid();
         let injection = |what: &str| Error::Injection { pid, what: what.to_owned() };
         let trap = trap(entry.taken_signals).ok_or_else(|| {
@@ -100,6 +106,8 @@ impl<'a> Infected<'a> {
             at = at.next_multiple_of(64);
             seats.push(Seat { context, stack_top, frame, script });
         }
+        let birth = birth.map(|birth| (birth, Nursery::at(at, birth)));
+        at = birth.map_or(at, |(_, nursery)| nursery.end);
         let arena_length = at.next_multiple_of(PAGE);
         let code = (BLOB.len() as u64).next_multiple_of(PAGE);
         let length = code + arena_length;
@@ -137,6 +145,8 @@ impl<'a> Infected<'a> {
             lent: None,
             failed: None,
             left: Ok(()),
+            birth,
+            progress: Progress::default(),
         };
         infected.write_frames()?;
         Ok(infected)
@@ -267,7 +277,43 @@ impl<'a> Infected<'a> {
                 self.scripts[i].encode(placed, &around, &mut arena);
             }
         }
+        if let Some((birth, nursery)) = self.birth {
+            nursery.fill(birth, self.arena, &mut arena);
+        }
         self.memory.write_all_at(RemoteAddr(self.arena), &arena).map_err(self.kernel("writing the scripts"))
+    }
+
+    /// What the leader's context says besides its script.
+    pub(super) fn leader_context(&self) -> Context {
+        let heal = Heal {
+            kind: heal::LAST,
+            company: u32::from(self.threads.len() > 1),
+            frame: self.home_frame,
+            gadget: self.gadgets.syscall,
+            start: self.base,
+            length: self.length,
+            guests: self.guests,
+        };
+        let tid = self.threads[0].own_tid;
+        Context { base: self.arena, tgid: self.own_tgid, tid, signal: self.trap, heal, ..Context::default() }
+    }
+
+    /// Address of the leader's context.
+    pub(super) fn leader_seat(&self) -> u64 {
+        self.arena + self.seats[0].context
+    }
+
+    pub(super) fn write(&self, address: u64, bytes: &[u8], doing: &'static str) -> Result<()> {
+        self.memory.write_all_at(RemoteAddr(address), bytes).map_err(self.kernel(doing))
+    }
+
+    pub(super) fn wait_for_born(&self, tid: Tid) -> Result<Option<Stop>> {
+        self.frozen.wait_for_born(tid)
+    }
+
+    /// No copy can be made of it.
+    pub(super) fn declined(&self, why: String) -> Error {
+        Error::Declined { pid: self.frozen.pid(), freeze: Freeze::Fork, why }
     }
 
     /// Threads that have a script.
@@ -375,7 +421,16 @@ impl<'a> Infected<'a> {
     }
 
     /// Waits until thread `i` says that its script is done.
-    fn wait_for_trap(&mut self, i: usize) -> Result<()> {
+    pub(super) fn wait_for_trap(&mut self, i: usize) -> Result<()> {
+        let tid = self.threads[i].tid;
+        while self.trap_or_event(i)?.is_some() {
+            ptrace::cont(tid, 0).map_err(self.kernel("running a script in it"))?;
+        }
+        Ok(())
+    }
+
+    /// Waits until thread `i` says that its script is done (`None`), or for any event before.
+    pub(super) fn trap_or_event(&mut self, i: usize) -> Result<Option<Stop>> {
         let tid = self.threads[i].tid;
         loop {
             match self.frozen.wait(tid)? {
@@ -386,12 +441,12 @@ impl<'a> Infected<'a> {
                     // si_pid is told in the reader's pid namespace: compare with what we know it by.
                     let own = sender == self.frozen.pid().0 || sender == self.own_tgid;
                     if signal == self.trap && code == SI_TKILL && own {
-                        return Ok(());
+                        return Ok(None);
                     }
                     self.put_aside(tid, signal)?;
                 }
                 Stop::Exited(_) | Stop::Killed(_) => return Err(self.frozen.died("it ended")),
-                Stop::Event { .. } | Stop::Syscall => {}
+                event @ (Stop::Event { .. } | Stop::Syscall) => return Ok(Some(event)),
             }
             ptrace::cont(tid, 0).map_err(self.kernel("running a script in it"))?;
         }
@@ -405,6 +460,10 @@ impl<'a> Infected<'a> {
 
     /// Puts the other threads back, and sees to it that the leader stands.
     pub(super) fn retreat(&mut self) -> Result<()> {
+        if self.failed.is_some() {
+            // A process that waits for its child cannot be stopped.
+            self.progress = Progress::default();
+        }
         while let Some(i) = self.entered.pop() {
             let thread = &self.threads[i];
             if !self.is_stopped(thread.tid) {

@@ -1,6 +1,8 @@
 //! Tasks of Torpor's own development: `cargo xtask bench`.
 
 mod bench;
+mod count;
+mod picture;
 mod sample;
 mod victim;
 
@@ -17,6 +19,8 @@ struct Arguments {
 enum Task {
     /// Measures dumps and restores, interleaved with `criu` when one is on PATH.
     Bench(bench::Arguments),
+    /// Counts what a dump costs in calls, bytes and faults, and compares with tests/counts.json.
+    Counts(count::Arguments),
     /// A program to be measured: owns what its kind says, and sleeps.
     #[command(hide = true)]
     Victim(victim::Arguments),
@@ -25,6 +29,7 @@ enum Task {
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().task {
         Task::Bench(arguments) => bench::run(&arguments),
+        Task::Counts(arguments) => count::run(&arguments),
         Task::Victim(arguments) => victim::run(&arguments),
     }
 }

@@ -22,11 +22,17 @@ pub(crate) enum Tool {
 pub(crate) struct Sample {
     pub(crate) freezing: f64,
     pub(crate) frozen: f64,
-    /// Frozen by a dump before that lets it run on.
-    pub(crate) passing: f64,
+    /// Frozen by a dump before that lets it run on, for each of [`MODES`]; CRIU has one for all.
+    pub(crate) passing: [f64; MODES.len()],
     pub(crate) dump: f64,
     pub(crate) restore: f64,
+    /// Most memory that the dump and the restore had at once, in KiB.
+    pub(crate) dump_memory: f64,
+    pub(crate) restore_memory: f64,
 }
+
+/// Ways to freeze (`--freeze`) that are measured with processes that run on.
+pub(crate) const MODES: [&str; 2] = ["copy", "fork"];
 
 impl Tool {
     pub(crate) fn name(&self) -> &'static str {
@@ -44,33 +50,42 @@ impl Tool {
         let mut victim = start(kind, size, dir)?;
         let pid = victim.id() as i32;
         let result = self.cycle(&mut victim, pid, &image);
-        for member in session(pid).into_iter().chain([pid]) {
-            // SAFETY: kill takes numbers only; the session is one this run started.
-            unsafe { libc::kill(member, libc::SIGKILL) };
-        }
-        reap(pid);
-        reap_session(pid);
+        end(victim);
         result
+    }
+
+    /// How long a fresh victim stands still for a dump after which it runs on.
+    pub(crate) fn passing(&self, mode: &str, kind: Kind, size: usize, dir: &Path) -> anyhow::Result<f64> {
+        let image = dir.join("image");
+        let _none = fs::remove_dir_all(&image);
+        fs::create_dir(&image)?;
+        let victim = start(kind, size, dir)?;
+        let frozen = self.dump(&victim.id().to_string(), &image, Some(mode)).map(|sample| sample.frozen);
+        end(victim);
+        frozen
     }
 
     fn cycle(&self, victim: &mut Child, pid: i32, image: &Path) -> anyhow::Result<Sample> {
         let id = pid.to_string();
         let before = image.with_file_name("before");
-        let _none = fs::remove_dir_all(&before);
-        fs::create_dir(&before)?;
-        let passing = self.dump(&id, &before, true)?.frozen;
-        fs::remove_dir_all(&before)?;
-        let mut sample = Sample { passing, ..self.dump(&id, image, false)? };
+        let mut passing = [f64::NAN; MODES.len()];
+        for (mode, passing) in MODES.iter().zip(&mut passing) {
+            let _none = fs::remove_dir_all(&before);
+            fs::create_dir(&before)?;
+            *passing = self.dump(&id, &before, Some(mode))?.frozen;
+            fs::remove_dir_all(&before)?;
+        }
+        let mut sample = Sample { passing, ..self.dump(&id, image, None)? };
         victim.wait()?;
         reap_session(pid);
         let begin = Instant::now();
-        match self {
+        sample.restore_memory = match self {
             Tool::Torpor(path) => run(Command::new(path).args(["restore", "--detach"]).arg(image))?,
             Tool::Criu(path) => {
                 let args = ["restore", "-v0", "-o", "restore.log", "-d", "--tcp-established", "-D"];
-                run(Command::new(path).args(args).arg(image))?;
+                run(Command::new(path).args(args).arg(image))?
             }
-        }
+        };
         sample.restore = ms(begin.elapsed());
         if !Path::new(&format!("/proc/{pid}")).exists() {
             bail!("nothing runs after the restore by {}", self.name());
@@ -80,15 +95,18 @@ impl Tool {
 }
 
 impl Tool {
-    /// Dumps process `id`, and lets it run on or ends it.
-    fn dump(&self, id: &str, image: &Path, runs_on: bool) -> anyhow::Result<Sample> {
+    /// Dumps process `id`, and lets it run on, frozen in a way of [`MODES`], or ends it.
+    fn dump(&self, id: &str, image: &Path, runs_on: Option<&str>) -> anyhow::Result<Sample> {
         let mut sample = Sample::default();
         let begin = Instant::now();
         match self {
             Tool::Torpor(path) => {
                 let mut command = Command::new(path);
-                command.args(["dump", "--quiet"]).args(runs_on.then_some("--leave-running"));
-                run(command.arg(id).arg(image))?;
+                command.args(["dump", "--quiet"]);
+                if let Some(mode) = runs_on {
+                    command.args(["--leave-running", "--freeze", mode]);
+                }
+                sample.dump_memory = run(command.arg(id).arg(image))?;
                 sample.dump = ms(begin.elapsed());
                 let shown = Command::new(path).args(["show", "--json"]).arg(image).output()?;
                 let json: serde_json::Value = serde_json::from_slice(&shown.stdout)?;
@@ -98,8 +116,8 @@ impl Tool {
             Tool::Criu(path) => {
                 let mut command = Command::new(path);
                 command.args(["dump", "-v0", "-o", "dump.log", "--tcp-established"]);
-                command.args(runs_on.then_some("--leave-running")).args(["-t", id, "-D"]);
-                run(command.arg(image))?;
+                command.args(runs_on.map(|_| "--leave-running")).args(["-t", id, "-D"]);
+                sample.dump_memory = run(command.arg(image))?;
                 sample.dump = ms(begin.elapsed());
                 let times = stats(&fs::read(image.join("stats-dump"))?).context("stats-dump")?;
                 (sample.freezing, sample.frozen) = times;
@@ -122,7 +140,7 @@ pub(crate) fn warm(bytes: usize) {
     }
 }
 
-fn start(kind: Kind, size: usize, dir: &Path) -> anyhow::Result<Child> {
+pub(crate) fn start(kind: Kind, size: usize, dir: &Path) -> anyhow::Result<Child> {
     let ready = dir.join("ready");
     let _none = fs::remove_file(&ready);
     let kind = clap::ValueEnum::to_possible_value(&kind).map(|v| v.get_name().to_owned());
@@ -152,12 +170,42 @@ fn start(kind: Kind, size: usize, dir: &Path) -> anyhow::Result<Child> {
     Ok(child)
 }
 
-fn run(command: &mut Command) -> anyhow::Result<()> {
-    let output = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).output()?;
-    if !output.status.success() {
-        bail!("{command:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+/// Ends a victim and all that it has started.
+pub(crate) fn end(victim: Child) {
+    let pid = victim.id() as i32;
+    for member in session(pid).into_iter().chain([pid]) {
+        // SAFETY: kill takes numbers only; the session is one this run started.
+        unsafe { libc::kill(member, libc::SIGKILL) };
     }
-    Ok(())
+    reap(pid);
+    reap_session(pid);
+}
+
+/// Runs a command to its end. Gives the most memory it had at once, in KiB.
+fn run(command: &mut Command) -> anyhow::Result<f64> {
+    let mut said = tempfile()?;
+    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said.try_clone()?).spawn()?;
+    let mut status = 0;
+    // SAFETY: all zeros is a valid rusage; the kernel fills both places.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::wait4(child.id() as i32, &raw mut status, 0, &raw mut usage);
+        usage
+    };
+    if status != 0 {
+        use std::io::{Read, Seek};
+        let mut text = String::new();
+        said.rewind()?;
+        said.read_to_string(&mut text)?;
+        bail!("{command:?}: status {status:#x}: {text}");
+    }
+    Ok(usage.ru_maxrss as f64)
+}
+
+fn tempfile() -> anyhow::Result<fs::File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = fs::OpenOptions::new();
+    Ok(options.read(true).write(true).custom_flags(libc::O_TMPFILE).open(std::env::temp_dir())?)
 }
 
 /// Every process of a session.
