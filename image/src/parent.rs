@@ -113,7 +113,8 @@ fn between(from: &Path, to: &Path) -> Result<Bytes> {
     let (from, to) = (real(from)?, real(to)?);
     let (mut a, mut b) = (from.components().peekable(), to.components().peekable());
     while a.peek().is_some() && a.peek() == b.peek() {
-        (a.next(), b.next());
+        a.next();
+        b.next();
     }
     let mut way: PathBuf = a.map(|_| Component::ParentDir).collect();
     way.extend(b);
@@ -121,6 +122,18 @@ fn between(from: &Path, to: &Path) -> Result<Bytes> {
         way.push(".");
     }
     Ok(Bytes::from(way.as_os_str().as_encoded_bytes().to_vec()))
+}
+
+/// The end of a way from a directory.
+fn there(dir: &Path, way: &Path) -> PathBuf {
+    let mut path = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+    for part in way.components() {
+        match part {
+            Component::ParentDir => drop(path.pop()),
+            part => path.push(part),
+        }
+    }
+    path
 }
 
 /// The directories of an image's ancestors, each found to be the image it shall be, with the files it shall have.
@@ -131,7 +144,7 @@ pub(crate) fn find(
 ) -> Result<Vec<(PathBuf, Manifest)>> {
     let mut found = Vec::with_capacity(manifest.ancestors.len());
     for ancestor in &manifest.ancestors {
-        let path = dir.join(ancestor.path.path());
+        let path = there(dir, ancestor.path.path());
         let lost = |why: String| Error::Parent { image: dir.to_owned(), path: path.clone(), why };
         let theirs = match crate::read::manifest(&path, identities) {
             Ok(theirs) => theirs,
