@@ -44,6 +44,8 @@ pub enum Command {
     Show(ShowArgs),
     /// Check every checksum and reference of an image
     Verify(VerifyArgs),
+    /// Make an image that needs no other one of an image that builds on others
+    Squash(SquashArgs),
     /// See a small program frozen and woken up, step by step
     Demo(DemoArgs),
     /// Print a completion script for a shell
@@ -123,6 +125,14 @@ pub struct DumpArgs {
     /// still runs.
     #[arg(long, value_name = "DIR")]
     pub parent: Option<PathBuf>,
+    /// Dump it again and again, every so often (`30s`, `5m`, `1h`), to numbered directories in DIR, until it ends
+    ///
+    /// Each is a whole image, though only what has changed is written: files that did not change have a name in each.
+    #[arg(long, value_name = "TIME", value_parser = crate::every::duration, conflicts_with_all = ["leave_stopped", "parent"])]
+    pub every: Option<std::time::Duration>,
+    /// How many of them are kept; older ones are removed
+    #[arg(long, value_name = "N", requires = "every", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep: Option<u32>,
     /// How the image is written.
     #[command(flatten)]
     pub encoding: EncodingArgs,
@@ -211,6 +221,8 @@ Examples:
   torpor dump --leave-running 4711 backup   a backup of a running service
   torpor dump --track 4711 first; torpor dump --track --parent first 4711 second
                                             the second has only what changed
+  torpor dump --every 30s --keep 3 4711 backups
+                                            the last three are always there
   torpor dump --truncate-files '/var/log/**' 4711 image
                                             logs are cut back to where they were
   torpor dump --compress zstd --encrypt age1... 4711 image
@@ -325,6 +337,27 @@ const SHOW_EXAMPLES: &str = "\
 Examples:
   torpor show image
   torpor show --json image | jq '.tasks[].threads[].name'";
+
+/// Make an image that needs no other one of an image that builds on others
+///
+/// What a dump with --parent has left in earlier images becomes the image's own: files get a second name where they may,
+/// and are copied where not. Images that build on this one go on doing so.
+#[derive(Debug, Args)]
+pub struct SquashArgs {
+    /// Return only when the image is on stable storage
+    #[arg(long)]
+    pub fsync: bool,
+    /// How the metadata of an encrypted image is written, and its key.
+    #[command(flatten)]
+    pub encoding: EncodingArgs,
+    /// Print the summary as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// The directory of the image
+    pub dir: PathBuf,
+    /// Where the new one goes; without it, it takes the place of the old one
+    pub to: Option<PathBuf>,
+}
 
 /// Check every checksum and reference of an image
 ///

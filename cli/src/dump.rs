@@ -15,7 +15,7 @@ use crate::args::{self, Cli, DumpArgs, Tcp};
 use crate::exit::{self, Exit, Failure};
 use crate::held::Held;
 use crate::progress::Progress;
-use crate::{encoding, output, stream, verify};
+use crate::{encoding, every, output, stream, verify};
 
 /// What becomes of the process when its image is complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,8 +25,19 @@ pub(crate) enum Afterwards {
     Stopped,
 }
 
-/// What becomes of what a dump cannot keep by itself.
+/// What a dump of the same process has left for the next one.
 #[derive(Default)]
+pub(crate) struct Watched {
+    /// The image that the new one builds on.
+    pub(crate) parent: Option<Image>,
+    /// The watches over the process, if they are ours.
+    pub(crate) tracking: Option<Tracking>,
+    /// Whether data files of the parent become the new image's own.
+    pub(crate) link: bool,
+}
+
+/// What becomes of what a dump cannot keep by itself.
+#[derive(Clone, Default)]
 pub(crate) struct Choices {
     pub(crate) rules: Rules,
     pub(crate) tcp: TcpPolicy,
@@ -101,35 +112,43 @@ pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
         identities: Identities::read(&args.encoding.identity)?,
         freeze,
     };
+    if let Some(every) = args.every {
+        return every::run(args, &Choices { track: true, ..choices }, every);
+    }
     let (summary, held) = dump(args.pid, &args.dir, afterwards, args.fsync, choices)?;
     if !args.quiet {
-        for lost in &summary.not_captured {
-            output::note(&format!("not in the image: {lost}"));
-        }
-        if let Some(why) = &summary.fallback {
-            output::note(&format!("memory was copied while the process stood still: {why}"));
-        }
-        let printed = match (args.dir == Path::new("-"), args.json) {
-            // Standard output is the image's.
-            (true, true) => serde_json::to_string(&summary)
-                .map(|json| output::aside(&format!("{json}\n")))
-                .map_err(anyhow::Error::from),
-            (true, false) => {
-                output::aside(&line(&summary, afterwards));
-                Ok(())
-            }
-            (false, true) => output::json(&summary),
-            (false, false) => output::print(&line(&summary, afterwards)),
-        };
-        // What is done cannot be taken back: a failure would say that the process goes on and there is no image.
-        if let Err(e) = printed
-            && !output::is_closed(&e)
-        {
-            output::note(&format!("the dump is complete, but {}", exit::message(&e)));
-        }
+        tell(&summary, args, afterwards);
     }
     held.keep();
     Ok(Exit::Ok)
+}
+
+/// Says what was dumped.
+pub(crate) fn tell(summary: &Summary, args: &DumpArgs, afterwards: Afterwards) {
+    for lost in &summary.not_captured {
+        output::note(&format!("not in the image: {lost}"));
+    }
+    if let Some(why) = &summary.fallback {
+        output::note(&format!("memory was copied while the process stood still: {why}"));
+    }
+    let printed = match (args.dir == Path::new("-"), args.json) {
+        // Standard output is the image's.
+        (true, true) => serde_json::to_string(&summary)
+            .map(|json| output::aside(&format!("{json}\n")))
+            .map_err(anyhow::Error::from),
+        (true, false) => {
+            output::aside(&line(&summary, afterwards));
+            Ok(())
+        }
+        (false, true) => output::json(&summary),
+        (false, false) => output::print(&line(&summary, afterwards)),
+    };
+    // What is done cannot be taken back: a failure would say that the process goes on and there is no image.
+    if let Err(e) = printed
+        && !output::is_closed(&e)
+    {
+        output::note(&format!("the dump is complete, but {}", exit::message(&e)));
+    }
 }
 
 /// The rules for files: those of the file first, so that the others go before them.
@@ -160,10 +179,28 @@ pub(crate) fn dump(
     fsync: bool,
     choices: Choices,
 ) -> anyhow::Result<(Summary, Held)> {
-    crate::raise_descriptor_limit();
     let parent =
         choices.parent.as_deref().map(|dir| Image::open_with(dir, &choices.identities)).transpose()?;
-    let target = Target::find_with(pid, choices.tcp, &choices.external_unix)?;
+    let watched = Watched { parent, ..Watched::default() };
+    let (summary, held, tracking) = followed(pid, dir, afterwards, fsync, choices, watched)?;
+    if let Some(tracking) = tracking {
+        tracking.leave()?;
+    }
+    Ok((summary, held))
+}
+
+/// The same after another one; gives the watches over the process, if it is to be followed on.
+pub(crate) fn followed(
+    pid: i32,
+    dir: &Path,
+    afterwards: Afterwards,
+    fsync: bool,
+    choices: Choices,
+    watched: Watched,
+) -> anyhow::Result<(Summary, Held, Option<Tracking>)> {
+    crate::raise_descriptor_limit();
+    let Watched { parent, tracking: watches, link } = watched;
+    let target = Target::find_tracked(pid, choices.tcp, &choices.external_unix, watches.as_ref())?;
     // What is made in the directory from here on is removed again.
     let held = Held::begin(&[]);
     let is_stream = dir == Path::new("-");
@@ -171,7 +208,10 @@ pub(crate) fn dump(
         let encoding = choices.encoding.clone();
         Ok(match is_stream {
             true => Destination::to_stream(stream::take_output()?, encoding)?,
-            false => Destination::create_encoded(dir, fsync, encoding)?,
+            false => {
+                let number = parent.as_ref().filter(|_| link).map_or(0, Image::next_data_file);
+                Destination::create_from(dir, fsync, encoding, number)?
+            }
         })
     };
     let mut first = destination()?;
@@ -192,8 +232,8 @@ pub(crate) fn dump(
     let tracked = choices.track || parent.is_some() || choices.freeze == Some(Freeze::Track);
     let way = if tracked { Way::default() } else { target.choose(choices.freeze, options.runs_on)? };
     if tracked {
-        let mut watches = Tracking::resume(&target);
-        follow(&mut watches, &target, &mut first, parent.as_ref(), &options)?;
+        let mut watches = watches.unwrap_or_else(|| Tracking::resume(&target));
+        follow(&mut watches, &target, &mut first, parent.as_ref(), link, &options)?;
         tracking = Some(watches);
     }
     let frozen = match &mut tracking {
@@ -213,12 +253,10 @@ pub(crate) fn dump(
         _ => Err(e),
     });
     let (manifest, held) = held.end(written)?;
-    if let Some(mut watches) = tracking
-        && choices.track
-    {
+    let tracking = tracking.filter(|_| choices.track).map(|mut watches| {
         watches.based_on(&manifest.id);
-        watches.leave()?;
-    }
+        watches
+    });
 
     let summary = Summary {
         pid,
@@ -235,7 +273,7 @@ pub(crate) fn dump(
         freeze: manifest.freeze,
         fallback: manifest.fallback,
     };
-    Ok((summary, held))
+    Ok((summary, held, tracking))
 }
 
 /// Copies what has changed while the tree still runs.
@@ -244,6 +282,7 @@ fn follow(
     target: &Target,
     destination: &mut Destination,
     parent: Option<&Image>,
+    link: bool,
     options: &Options<'_>,
 ) -> anyhow::Result<()> {
     if let Some(parent) = parent
@@ -255,7 +294,7 @@ fn follow(
         ));
     }
     watches.begin(target)?;
-    watches.follow(destination, parent, options)?;
+    watches.follow(destination, parent, link, options)?;
     Ok(())
 }
 

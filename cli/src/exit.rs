@@ -126,7 +126,7 @@ fn of_restore_errno(errno: Errno) -> Exit {
 fn of_reading(error: &ImageError) -> Exit {
     match error {
         ImageError::NoImage { .. } | ImageError::Damaged { .. } | ImageError::Parent { .. } => Exit::Damaged,
-        ImageError::NoParent { .. } => Exit::Usage,
+        ImageError::NoParent { .. } | ImageError::NoRecipients { .. } => Exit::Usage,
         ImageError::TooNew { .. } | ImageError::OtherMachine { .. } => Exit::Unfit,
         ImageError::Occupied { .. } => Exit::Output,
         ImageError::Encrypted { .. } | ImageError::OtherKey { .. } => Exit::Key,

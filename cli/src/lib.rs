@@ -9,6 +9,7 @@ mod check;
 mod demo;
 mod dump;
 mod encoding;
+mod every;
 pub mod exit;
 mod held;
 mod lazy;
@@ -18,6 +19,7 @@ mod pidfile;
 mod progress;
 mod restore;
 mod show;
+mod squash;
 mod stream;
 mod verify;
 
@@ -54,6 +56,7 @@ fn run(command: Command) -> anyhow::Result<Exit> {
         Command::Check(args) => check::run(&args),
         Command::Show(args) => show::run(&args),
         Command::Verify(args) => verify::run(&args),
+        Command::Squash(args) => squash::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::DemoProgram(args) => demo::program::run(&args),
         Command::Completions(args) => {

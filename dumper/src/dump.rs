@@ -104,16 +104,23 @@ impl Destination {
 
     /// The same; the files of the image are compressed and encrypted as told.
     pub fn create_encoded(dir: &Path, fsync: bool, encoding: Encoding) -> Result<Self> {
-        Self::with(ImageWriter::create(dir, fsync)?.encode(encoding), true)
+        Self::create_from(dir, fsync, encoding, 0)
+    }
+
+    /// The same; its data files have numbers from `first` on.
+    pub fn create_from(dir: &Path, fsync: bool, encoding: Encoding, first: u32) -> Result<Self> {
+        Self::with(ImageWriter::create(dir, fsync)?.encode(encoding), true, first)
     }
 
     /// The image goes to a stream, as a tar archive.
     pub fn to_stream(out: Box<dyn Output>, encoding: Encoding) -> Result<Self> {
-        Self::with(ImageWriter::to_stream(out).encode(encoding), false)
+        Self::with(ImageWriter::to_stream(out).encode(encoding), false, 0)
     }
 
-    fn with(writer: ImageWriter, roomy: bool) -> Result<Self> {
-        let files = (0..memory::most_files()).map(|n| writer.data_file(n)).collect::<Result<Vec<_>, _>>()?;
+    fn with(writer: ImageWriter, roomy: bool, first: u32) -> Result<Self> {
+        let files = (first..first + memory::most_files())
+            .map(|n| writer.data_file(n))
+            .collect::<Result<Vec<_>, _>>()?;
         Ok(Destination { writer, files, roomy })
     }
 }

@@ -19,7 +19,7 @@ pub(crate) mod keeper;
 mod rounds;
 pub(crate) mod runs;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -41,6 +41,8 @@ use crate::memory::most_files;
 use crate::restart::Restarts;
 use crate::{sharing, thread};
 
+/// The part of a data file that must be in use for it to be kept: a fourth.
+const WORTH: u64 = 4;
 /// Room for what is written between the last look and the freeze, besides as much again as that look found.
 const MARGIN: u64 = 16 << 20;
 
@@ -167,21 +169,28 @@ impl Tracking {
     }
 
     /// Copies what has changed since `parent`, which the new image builds on if that is the base, or else everything; and
-    /// again what has changed meanwhile, until little is left for the freeze. The tree runs.
+    /// again what has changed meanwhile, until little is left for the freeze. The tree runs. With `link` the data files
+    /// of the parent become the new image's own, but for those of which little is needed any more.
     pub fn follow(
         &mut self,
         to: &mut Destination,
         parent: Option<&Image>,
+        link: bool,
         options: &Options<'_>,
     ) -> Result<()> {
         self.covered.clear();
         let base = self.base.take();
         if let Some(parent) = parent {
-            let borrowing = to.writer.build_on(parent, most_files())?;
+            let wasted = wasted(parent);
+            let borrowing = match link {
+                true => to.writer.link(parent),
+                false => to.writer.build_on(parent, most_files())?,
+            };
             if base.is_some_and(|base| base == parent.manifest.id) {
                 for task in &parent.tasks {
                     let records = parent.records(task.memory.pages).iter();
                     let borrowed = records.filter_map(|r| match r.place {
+                        Where::Data if link && wasted.contains(&r.file) => None,
                         Where::Data => Some(Record { file: borrowing.number(r.file)?, ..*r }),
                         Where::Zero => Some(*r),
                         Where::Guard => None,
@@ -208,6 +217,16 @@ impl Tracking {
     pub fn leave(self) -> Result<()> {
         keeper::start(self)
     }
+}
+
+/// Data files of which an image names so little that they are not worth their place.
+fn wasted(image: &Image) -> HashSet<u32> {
+    let used = image.used_bytes();
+    let little = |number: &u32| {
+        let size = image.data_size(*number).unwrap_or(0);
+        used.get(number).copied().unwrap_or(0) * WORTH < size
+    };
+    used.keys().copied().filter(little).collect()
 }
 
 /// What is needed to enter a process for its userfaultfd.

@@ -93,6 +93,11 @@ impl Table {
         self.chunks.len()
     }
 
+    /// All of them.
+    pub(crate) fn chunks(&self) -> impl Iterator<Item = &Chunk> {
+        self.chunks.iter().map(|placed| &placed.chunk)
+    }
+
     fn push(&mut self, chunk: Chunk) {
         self.chunks.push(Placed { end: self.size() + u64::from(chunk.length), at: self.stored(), chunk });
     }

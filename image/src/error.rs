@@ -69,6 +69,12 @@ pub enum Error {
         /// What is wrong with that.
         why: String,
     },
+    /// An encrypted image would be written in clear.
+    #[error("the image in `{}` is encrypted; say for whom the new one shall be (--encrypt, --encrypt-to)", path.display())]
+    NoRecipients {
+        /// The image.
+        path: PathBuf,
+    },
     /// Nothing can build on this image.
     #[error("the image in `{}` cannot be a parent: {why}; dump without --parent", path.display())]
     NoParent {

@@ -52,6 +52,7 @@ pub mod signal;
 pub mod signalfd;
 pub mod socket;
 pub mod spool;
+pub mod squash;
 mod stock;
 pub mod stream;
 pub mod sysv;

@@ -9,8 +9,10 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::chunk::Chunk;
 use crate::manifest::{ImageFile, Manifest};
 use crate::read::Image;
+use crate::write::data_file_name;
 use crate::{Bytes, Error, Identities, Result, stock};
 
 /// An image that some data files are those of.
@@ -50,6 +52,27 @@ pub struct Borrowing {
     borrowed: Vec<Borrowed>,
     /// By number in the parent: number in the new image.
     numbers: Vec<(u32, u32)>,
+    /// Files that become the new image's own, under their numbers in the parent.
+    links: Vec<Link>,
+}
+
+/// A data file that two images have.
+#[derive(Debug)]
+pub(crate) struct Link {
+    number: u32,
+    from: PathBuf,
+    pub(crate) file: ImageFile,
+    pub(crate) chunks: Vec<Chunk>,
+}
+
+impl Link {
+    /// Gives it another name, or copies it where a file cannot have two.
+    pub(crate) fn make(&self, to: &Path) -> Result<()> {
+        if std::fs::hard_link(&self.from, to).is_ok() {
+            return Ok(());
+        }
+        std::fs::copy(&self.from, to).map(drop).map_err(Error::file("copy", &self.from))
+    }
 }
 
 impl Borrowing {
@@ -67,7 +90,8 @@ impl Borrowing {
             let there = parent.dir.join(ancestor.path.path());
             ancestors.push(Ancestor { id: ancestor.id.clone(), path: between(dir, &there)? });
         }
-        let mut borrowing = Borrowing { ancestors, borrowed: Vec::new(), numbers: Vec::new() };
+        let mut borrowing =
+            Borrowing { ancestors, borrowed: Vec::new(), numbers: Vec::new(), links: Vec::new() };
         for (number, file) in parent.data_files() {
             borrowing.add(
                 first,
@@ -79,6 +103,30 @@ impl Borrowing {
             borrowing.add(first, theirs.number, Borrowed { ancestor: theirs.ancestor + 1, ..theirs.clone() });
         }
         Ok(borrowing)
+    }
+
+    /// All data files of `parent`, to be the new image's own as well.
+    pub fn linked(parent: &Image) -> Self {
+        let mut borrowing =
+            Borrowing { ancestors: Vec::new(), borrowed: Vec::new(), numbers: Vec::new(), links: Vec::new() };
+        for (number, stock) in parent.stock() {
+            borrowing.numbers.push((number, number));
+            let name = data_file_name(number, stock.stored);
+            borrowing.links.push(Link {
+                number,
+                from: stock.dir.join(&stock.name),
+                file: ImageFile { name, size: stock.length, crc32c: stock.crc32c },
+                chunks: stock.table.chunks().map(|c| Chunk { file: number, ..*c }).collect(),
+            });
+        }
+        borrowing
+    }
+
+    /// The files among them that are linked and `used` by the index.
+    pub(crate) fn take_links(&mut self, used: impl Fn(u32) -> bool) -> Vec<Link> {
+        let mut links = std::mem::take(&mut self.links);
+        links.retain(|link| used(link.number));
+        links
     }
 
     fn add(&mut self, first: u32, number: u32, file: Borrowed) {

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 
 use crate::data::{Data, Readers};
 use crate::description::Objects;
-use crate::extent::{Extents, RECORD, Record};
+use crate::extent::{Extents, RECORD, Record, Where};
 use crate::header::{self, Kind};
 use crate::keys::{self, Identities};
 use crate::manifest::{ImageFile, Manifest};
@@ -145,6 +145,30 @@ impl Image {
     /// Length of the contents of data file `number`, if there is one.
     pub fn data_size(&self, number: u32) -> Option<u64> {
         self.files.get(&number).map(|stock| stock.size)
+    }
+
+    /// All data files with their numbers.
+    pub(crate) fn stock(&self) -> impl Iterator<Item = (u32, &Stock)> {
+        self.files.iter().map(|(number, stock)| (*number, stock))
+    }
+
+    /// Whether its files are encrypted.
+    pub fn is_encrypted(&self) -> bool {
+        self.manifest.files.iter().any(|f| f.name.ends_with(keys::SUFFIX))
+    }
+
+    /// A number that none of its data files has, nor any after it.
+    pub fn next_data_file(&self) -> u32 {
+        self.files.keys().next_back().map_or(0, |last| last + 1)
+    }
+
+    /// Bytes that the records of the image name, by data file.
+    pub fn used_bytes(&self) -> BTreeMap<u32, u64> {
+        let mut all = BTreeMap::new();
+        for record in self.records.iter().filter(|r| r.place == Where::Data) {
+            *all.entry(record.file).or_default() += record.length;
+        }
+        all
     }
 
     /// Length of all data files as they are stored, those of ancestors included.

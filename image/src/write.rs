@@ -140,6 +140,12 @@ impl ImageWriter {
         Ok(self.borrowing.insert(Borrowing::of(parent, &self.dir, first)?))
     }
 
+    /// Lets records name the data files of `parent` by the numbers they have there; those that are named become files of
+    /// this image as well.
+    pub fn link(&mut self, parent: &Image) -> &Borrowing {
+        self.borrowing.insert(Borrowing::linked(parent))
+    }
+
     /// Adds records, sorted by address, to the index.
     pub fn add_records(&mut self, records: &[Record]) -> Extents {
         let first = (self.index.len() / crate::extent::RECORD) as u64;
@@ -163,15 +169,22 @@ impl ImageWriter {
     pub fn finish(mut self, mut manifest: Manifest) -> Result<Manifest> {
         let index = std::mem::take(&mut self.index);
         self.add_body("pages.idx", Kind::Index, &index)?;
-        manifest.id = parent::new_id();
-        if let Some(borrowing) = self.borrowing.take() {
+        if manifest.id.is_empty() {
+            manifest.id = parent::new_id();
+        }
+        if let Some(mut borrowing) = self.borrowing.take() {
             let used = used(&index);
+            for link in borrowing.take_links(|number| used.contains(&number)) {
+                link.make(&self.partial.join(&link.file.name))?;
+                self.files.push(link.file);
+                self.chunks.extend(link.chunks);
+            }
             borrowing.note(&mut manifest, |number| used.contains(&number));
         }
         let mut chunks = std::mem::take(&mut self.chunks);
         let (mut files, sent) = self.stream.as_ref().map(|s| s.noted()).unwrap_or_default();
         chunks.extend(sent);
-        if !self.encoding.is_raw() {
+        if !self.encoding.is_raw() || !chunks.is_empty() {
             let body: Vec<u8> = chunks.iter().flat_map(Chunk::encode).collect();
             self.add_body(chunk::FILE, Kind::Chunks, &body)?;
         }

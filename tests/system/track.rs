@@ -18,6 +18,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         Trial::test("track: a dump without --track leaves the watch alone", || Ok(beside()?)),
         Trial::test("track: nothing is left of a watch that ends", || Ok(traceless()?)),
         Trial::test("track: parents that are missing or altered are named", || Ok(lost_parent()?)),
+        Trial::test("track: a squashed image needs no other", || Ok(squashed()?)),
+        Trial::test("track: dumps made every so often", || Ok(every()?)),
     ]
 }
 
@@ -182,4 +184,68 @@ fn lost_parent() -> Outcome {
     rename(&aside, &first)?;
     restore(&mut victim, &second)?;
     victim.ticks(4)
+}
+
+fn squashed() -> Outcome {
+    let mut victim = Victim::start("written", &["8", "40"])?;
+    let first = follow(&mut victim, None)?;
+    victim.ticks(2)?;
+    let second = follow(&mut victim, Some(&first))?;
+    victim.ticks(2)?;
+    let third = victim.dump_with(&["--parent", path(&second)?])?;
+    victim.reap_all(&third)?;
+    let elsewhere = victim.image();
+    run_torpor(&["squash", path(&third)?, path(&elsewhere)?])?.expect(0)?;
+    run_torpor(&["squash", path(&second)?])?.expect(0)?;
+    let left = std::fs::read_dir(second.parent().ok_or("a directory")?).map_err(|e| e.to_string())?;
+    ensure!(
+        left.flatten().all(|e| !e.file_name().to_string_lossy().starts_with('.')),
+        "something is left of the old image"
+    );
+    // The third goes on building on the second, but needs the first as well.
+    run_torpor(&["verify", path(&third)?])?.expect(0)?;
+    std::fs::remove_dir_all(&first).map_err(|e| e.to_string())?;
+    for image in [&second, &elsewhere] {
+        run_torpor(&["verify", path(image)?])?.expect(0)?;
+        restore(&mut victim, image)?;
+        victim.ticks(6)?;
+        victim.kill();
+    }
+    Ok(())
+}
+
+fn every() -> Outcome {
+    let mut victim = Victim::start("written", &["16", "60"])?;
+    let dir = victim.image();
+    let pid = victim.pid.to_string();
+    let mut dumps =
+        torpor_command(&["dump", "--every", "150ms", "--keep", "3", "--quiet", &pid, path(&dir)?])
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(|e| e.to_string())?;
+    let names = || {
+        let all = std::fs::read_dir(&dir).into_iter().flatten().flatten();
+        let mut all: Vec<PathBuf> = all.map(|e| e.path()).collect();
+        all.sort();
+        all
+    };
+    let begin = std::time::Instant::now();
+    while !names().last().is_some_and(|n| n.ends_with("000008")) {
+        ensure!(begin.elapsed() < Duration::from_secs(60), "there are {:?} only", names());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // SAFETY: a child of ours that was not collected yet.
+    unsafe { libc::kill(dumps.id() as i32, libc::SIGINT) };
+    dumps.wait().map_err(|e| e.to_string())?;
+    victim.ticks(4)?;
+    victim.kill();
+    let complete: Vec<PathBuf> = names().into_iter().filter(|n| n.join("manifest.tpr").exists()).collect();
+    ensure!((2..=4).contains(&complete.len()), "{} images are kept", complete.len());
+    for image in &complete {
+        run_torpor(&["verify", path(image)?])?.expect(0)?;
+        restore(&mut victim, image)?;
+        victim.ticks(6)?;
+        victim.kill();
+    }
+    Ok(())
 }
