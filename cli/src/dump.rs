@@ -137,11 +137,11 @@ pub(crate) fn tell(summary: &Summary, args: &DumpArgs, afterwards: Afterwards) {
             .map(|json| output::aside(&format!("{json}\n")))
             .map_err(anyhow::Error::from),
         (true, false) => {
-            output::aside(&line(&summary, afterwards));
+            output::aside(&line(summary, afterwards));
             Ok(())
         }
         (false, true) => output::json(&summary),
-        (false, false) => output::print(&line(&summary, afterwards)),
+        (false, false) => output::print(&line(summary, afterwards)),
     };
     // What is done cannot be taken back: a failure would say that the process goes on and there is no image.
     if let Err(e) = printed

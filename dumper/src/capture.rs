@@ -33,7 +33,7 @@ use crate::scratch::{self, Files};
 use crate::snapshot::{self, Birth, Snapshot};
 use crate::stage::Stage;
 use crate::task::{self, Outside, Prepared};
-use crate::track::Tracking;
+use crate::track::{self, Tracking};
 use crate::{inject, io_uring, lease, sharing, survey, sysv, tcp, thread, vma, workers};
 
 /// Everything of a tree at one instant: it may go on, or be ended, whatever happens to this.
@@ -128,6 +128,12 @@ pub(crate) fn capture<'s>(
         .iter()
         .map(|all| all.iter().filter(|v| !births.is_empty() && !snapshot::copies(v)).cloned().collect())
         .collect();
+    let pins: Vec<bool> = (0..tables.len())
+        .map(|i| {
+            let owner = shares[i].descriptors.and_then(|of| numbers.get(&of.0).copied()).unwrap_or(i);
+            track::pins(&collector.objects, &tables[owner])
+        })
+        .collect();
     let spaces: Vec<Space<'_>> = (0..vmas.len())
         .map(|i| Space {
             pid: stopped.processes[i].living(),
@@ -138,7 +144,10 @@ pub(crate) fn capture<'s>(
                 (None, false) => &apart[i],
             },
             parent: numbers.get(&outsides[i].ppid()).copied().filter(|_| births.is_empty()),
-            covered: options.tracking.and_then(|t| t.covered(stopped.processes[i].pid())),
+            covered: options
+                .tracking
+                .and_then(|t| t.covered(stopped.processes[i].pid()))
+                .filter(|_| !pins[i]),
         })
         .collect();
     let (outcomes, snapshots, (pages, memory)) = {

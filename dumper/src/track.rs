@@ -11,9 +11,8 @@
 //! written. Which pages there are is asked for again when the tree stands: of memory that was given back (madvise(2),
 //! `MADV_DONTNEED`) in large pieces the kernel does not tell.
 //!
-//! Writes by other ways than the process's own page tables do not show: those of devices into pinned pages (io_uring
-//! with registered buffers, O_DIRECT reads under way), as it is with every tracking of writes. What is shared between
-//! processes is compared instead.
+//! Writes into pages that were pinned before they were protected do not show: those of devices, and of io_uring into
+//! registered buffers. So a process that has a ring, or a file open with O_DIRECT, is copied whole ([`pins`]).
 
 pub(crate) mod keeper;
 mod rounds;
@@ -24,6 +23,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use torpor_image::Image;
+use torpor_image::description::{Kind, Objects};
 use torpor_image::extent::{Record, Where};
 use torpor_kernel::ids::{Pid, Tid};
 use torpor_kernel::memory::Memory;
@@ -32,6 +32,7 @@ use torpor_kernel::{abi, stat};
 use torpor_parasite::script::{Script, Value};
 
 use self::runs::Covered;
+use crate::description::Table;
 use crate::dump::{Destination, Options, Target};
 use crate::error::{Error, Result};
 use crate::freeze::{Frozen, FrozenTree};
@@ -217,6 +218,18 @@ impl Tracking {
     pub fn leave(self) -> Result<()> {
         keeper::start(self)
     }
+}
+
+/// Whether a process may have pages that are written to without a fault: what is read from its files goes there directly.
+pub(crate) fn pins(objects: &Objects, table: &Table) -> bool {
+    table.descriptors.iter().any(|d| {
+        let description = &objects.descriptions[d.description.0 as usize];
+        match description.kind {
+            Kind::IoUring(_) => true,
+            Kind::File(_) => description.flags & libc::O_DIRECT as u32 != 0,
+            _ => false,
+        }
+    })
 }
 
 /// Data files of which an image names so little that they are not worth their place.

@@ -17,9 +17,12 @@
 use crate::{Error, Result};
 
 /// Format version: raised when an older reader would get the meaning wrong.
-pub const MAJOR: u16 = 2;
-/// Raised when fields are added that an older reader may ignore.
-pub const MINOR: u16 = 0;
+pub const MAJOR: u16 = 3;
+/// What is written where nothing is in the image that an older reader does not know: raised when fields are added that it may
+/// ignore.
+pub const PLAIN: (u16, u16) = (2, 1);
+/// What is written into the manifest of an image with encoded data files, or with such as are another image's.
+pub const NEWEST: (u16, u16) = (MAJOR, 0);
 /// Bytes of the header.
 pub const LEN: usize = 40;
 
@@ -52,14 +55,14 @@ impl Kind {
     }
 }
 
-/// Makes the header for `body`.
-pub fn encode(kind: Kind, body: &[u8]) -> [u8; LEN] {
+/// Makes the header for `body`, of a version.
+pub fn encode(kind: Kind, body: &[u8], (major, minor): (u16, u16)) -> [u8; LEN] {
     let mut out = [0u8; LEN];
     out[..8].copy_from_slice(MAGIC);
     out[8..8 + arch::MACHINE.len()].copy_from_slice(arch::MACHINE.as_bytes());
     out[16..20].copy_from_slice(kind.letters());
-    out[20..22].copy_from_slice(&MAJOR.to_le_bytes());
-    out[22..24].copy_from_slice(&MINOR.to_le_bytes());
+    out[20..22].copy_from_slice(&major.to_le_bytes());
+    out[22..24].copy_from_slice(&minor.to_le_bytes());
     out[24..32].copy_from_slice(&(body.len() as u64).to_le_bytes());
     out[32..36].copy_from_slice(&crc32c::crc32c(body).to_le_bytes());
     let own = crc32c::crc32c(&out[..36]);
@@ -106,7 +109,7 @@ mod tests {
     use super::*;
 
     fn file() -> Vec<u8> {
-        let mut file = encode(Kind::Task, b"body").to_vec();
+        let mut file = encode(Kind::Task, b"body", PLAIN).to_vec();
         file.extend_from_slice(b"body");
         file
     }

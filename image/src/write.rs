@@ -191,7 +191,10 @@ impl ImageWriter {
         files.append(&mut self.files);
         manifest.files = files;
         let body = encode("the manifest", &manifest)?;
-        let name = self.write(Manifest::FILE, Kind::Manifest, &body)?.name;
+        let chunked = manifest.files.iter().any(|f| f.name.starts_with(chunk::FILE));
+        let plain = manifest.borrowed.is_empty() && !chunked;
+        let version = if plain { header::PLAIN } else { header::NEWEST };
+        let name = self.write_as(Manifest::FILE, Kind::Manifest, &body, version)?.name;
         if let Some(stream) = &self.stream {
             stream.finish()?;
             return Ok(manifest);
@@ -222,8 +225,12 @@ impl ImageWriter {
     }
 
     fn write(&self, name: &str, kind: Kind, body: &[u8]) -> Result<ImageFile> {
+        self.write_as(name, kind, body, header::PLAIN)
+    }
+
+    fn write_as(&self, name: &str, kind: Kind, body: &[u8], version: (u16, u16)) -> Result<ImageFile> {
         let mut content = Vec::with_capacity(header::LEN + body.len());
-        content.extend_from_slice(&header::encode(kind, body));
+        content.extend_from_slice(&header::encode(kind, body, version));
         content.extend_from_slice(body);
         let mut name = name.to_owned();
         if let Some(recipients) = &self.encoding.recipients {

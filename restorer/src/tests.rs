@@ -709,7 +709,7 @@ fn mutated_images_are_refused_or_planned_but_never_panic() {
         let bodies: Vec<Vec<u8>> =
             names.iter().map(|n| std::fs::read(dir.join(n)).expect("read")[header::LEN..].to_vec()).collect();
         let put = |name: &str, kind, body: &[u8]| {
-            let file = [header::encode(kind, body).as_slice(), body].concat();
+            let file = [header::encode(kind, body, header::PLAIN).as_slice(), body].concat();
             std::fs::write(copy.path().join(name), &file).expect("written");
             file
         };

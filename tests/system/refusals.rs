@@ -71,7 +71,7 @@ const ALL: &[(&str, When, &[&str])] = &[
     ("droppable", Before, &["droppable memory", "unmap it"]),
     ("huge", Before, &["memory of explicit huge pages", "unmap it"]),
     ("aio", Before, &["asynchronous I/O (io_setup)", "io_destroy"]),
-    ("watched memory", Before, &["watched by a userfaultfd", "unmap it"]),
+    ("watched memory", Before, &["served by a userfaultfd", "unmap it"]),
     ("mapped ring", Before, &["memory shared with a socket", "unmap it"]),
     ("mapped link", Before, &["its name was removed", "give it a name where the old one was"]),
     ("removed directory", Before, &["it is a directory that was removed", "close it"]),
