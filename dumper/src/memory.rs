@@ -17,7 +17,7 @@ use torpor_image::extent::{PAGE, Record, Where};
 use torpor_image::vma::Vma;
 use torpor_image::write::DataFile;
 use torpor_kernel::ids::Pid;
-use torpor_kernel::pagemap::{PageScan, Want};
+use torpor_kernel::pagemap::PageScan;
 
 use crate::error::{Error, Result};
 use crate::stage::Stage;
@@ -150,8 +150,7 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
     let mut rest = Rest { parent: space.parent, ..Rest::default() };
     let parts = parts(&joined(space.vmas));
     let look = |(start, end): &(u64, u64)| {
-        let find = |want| scan.scan(*start, *end, want).map_err(Error::kernel(pid, "finding its pages"));
-        Ok::<_, Error>((find(Want::Anonymous)?, find(Want::Guard)?))
+        scan.contents(*start, *end).map_err(Error::kernel(pid, "finding its pages"))
     };
     // A thread is worth more than a small space takes.
     let small = parts.iter().map(|(start, end)| end - start).sum::<u64>() < LOOK;
@@ -171,6 +170,10 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
     if let Some(covered) = space.covered {
         rest.known = runs::both(&runs, &unwritten(&scan, space.vmas, covered));
         runs = runs::without(&runs, &rest.known);
+        for (start, end) in &runs {
+            // Where that fails they count as written the next time.
+            let _best_effort = scan.take_written(*start, *end);
+        }
     }
     if let Some(parent) = space.parent {
         (rest.inherited, runs) = shared_pages(pid, spaces[parent].pid, &runs)?;
@@ -182,7 +185,7 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
 fn unwritten(scan: &PageScan, vmas: &[Vma], covered: &Covered) -> Runs {
     let mut written = Runs::new();
     for vma in vmas.iter().filter(|v| v.private()) {
-        match scan.take_written(vma.start, vma.end) {
+        match scan.written(vma.start, vma.end) {
             Ok(Some(ranges)) => written.extend(ranges.into_iter().map(|r| (r.start, r.end))),
             // Nobody has followed what was written there.
             Ok(None) | Err(_) => written.push((vma.start, vma.end)),

@@ -8,8 +8,7 @@
 //!
 //! What is known of a page is worth something only if it has been watched without a gap since its contents were
 //! copied. Areas that are new, were moved, or cannot be watched show as not watched (`PM_SCAN_CHECK_WPASYNC`) or as
-//! written. Which pages there are is asked for again when the tree stands: of memory that was given back (madvise(2),
-//! `MADV_DONTNEED`) in large pieces the kernel does not tell.
+//! written. Which pages there are is asked for again when the tree stands.
 //!
 //! Writes into pages that were pinned before they were protected do not show: those of devices, and of io_uring into
 //! registered buffers. So a process that has a ring, or a file open with O_DIRECT, is copied whole ([`pins`]).

@@ -112,22 +112,54 @@ impl PageScan {
         }
     }
 
-    /// The pages of one area that were written since the last time, or since it is watched ([`crate::write_watch`]); from
-    /// now on they count as not written. `None` where the area, or a part of it, is not watched.
+    /// What private mappings hold of their own, and guard pages: [`Want::Anonymous`] and [`Want::Guard`] in one walk.
+    pub fn contents(&self, start: u64, end: u64) -> Result<(Vec<Range>, Vec<Range>)> {
+        if self.ability != Ability::ScanWithGuard {
+            return Ok((self.scan(start, end, Want::Anonymous)?, self.scan(start, end, Want::Guard)?));
+        }
+        let mut argument = self.argument(start, end, Want::Anonymous);
+        argument.category_inverted &= !abi::PAGE_IS_GUARD;
+        argument.category_mask &= !abi::PAGE_IS_GUARD;
+        argument.return_mask = abi::PAGE_IS_GUARD;
+        let (mut pages, mut guards) = (Vec::new(), Vec::new());
+        self.walk_each(argument, |region| {
+            let guard = region.categories & abi::PAGE_IS_GUARD != 0;
+            push(if guard { &mut guards } else { &mut pages }, region.start, region.end);
+        })?;
+        Ok((pages, guards))
+    }
+
+    /// The pages that a private area holds of its own and that were written since the last time, or since it is watched
+    /// ([`crate::write_watch`]); from now on they count as not written. `None` where the area, or a part of it, is not watched.
     ///
-    /// Also shown are places without a page whose page was given back; of those in larger holes nothing is told, so
-    /// which pages there are must be asked for, too.
+    /// Where there is no page nothing is protected: the mark that the kernel would leave there is taken for a page that
+    /// is swapped out (fs/proc/task_mmu.c).
     pub fn take_written(&self, start: u64, end: u64) -> Result<Option<Vec<Range>>> {
-        // No category but this one: with others the kernel goes another way, which loses pages that were given back.
-        let argument = abi::pm_scan_arg {
+        let mut argument = self.argument(start, end, Want::Anonymous);
+        argument.flags = abi::PM_SCAN_WP_MATCHING | abi::PM_SCAN_CHECK_WPASYNC;
+        argument.category_mask |= abi::PAGE_IS_WRITTEN;
+        self.walk_watched(argument)
+    }
+
+    /// Where something was written since then, and where there is no page that could have been protected; nothing is
+    /// forgotten. `None` as above.
+    pub fn written(&self, start: u64, end: u64) -> Result<Option<Vec<Range>>> {
+        // No category but this one: for that the kernel has a way of its own, several times as fast.
+        self.walk_watched(abi::pm_scan_arg {
             size: size_of::<abi::pm_scan_arg>() as u64,
-            flags: abi::PM_SCAN_WP_MATCHING | abi::PM_SCAN_CHECK_WPASYNC,
+            flags: abi::PM_SCAN_CHECK_WPASYNC,
             start,
             end,
             category_mask: abi::PAGE_IS_WRITTEN,
             return_mask: abi::PAGE_IS_WRITTEN,
             ..abi::pm_scan_arg::default()
-        };
+        })
+    }
+
+    fn walk_watched(&self, argument: abi::pm_scan_arg) -> Result<Option<Vec<Range>>> {
+        if self.ability == Ability::File {
+            return Ok(None);
+        }
         match self.walk(argument) {
             Ok(ranges) => Ok(Some(ranges)),
             Err(e) if e.errno() == Some(Errno::EPERM) => Ok(None),
@@ -173,15 +205,18 @@ impl PageScan {
     }
 
     fn walk(&self, whole: abi::pm_scan_arg) -> Result<Vec<Range>> {
-        let mut regions = vec![abi::page_region::default(); 1024];
         let mut all = Vec::new();
+        self.walk_each(whole, |region| push(&mut all, region.start, region.end))?;
+        Ok(all)
+    }
+
+    fn walk_each(&self, whole: abi::pm_scan_arg, mut found: impl FnMut(&abi::page_region)) -> Result<()> {
+        let mut regions = vec![abi::page_region::default(); 1024];
         let (mut start, end) = (whole.start, whole.end);
         while start < end {
             let mut argument = abi::pm_scan_arg { start, ..whole };
             let got = self.ioctl(&mut argument, &mut regions)?;
-            for region in &regions[..got] {
-                push(&mut all, region.start, region.end);
-            }
+            regions[..got].iter().for_each(&mut found);
             // The walk ends early when the vector is full, and `walk_end` tells where. It cannot be trusted to: the kernel
             // works in batches of 512 ranges and, when the last batch reaches the end of the walk, leaves in `walk_end`
             // where the batch before had stopped (seen on 6.18). So never back behind what was reported.
@@ -195,7 +230,7 @@ impl PageScan {
             }
             start = next;
         }
-        Ok(all)
+        Ok(())
     }
 
     fn read(&self, start: u64, end: u64, want: Want) -> Result<Vec<Range>> {
@@ -367,6 +402,9 @@ mod tests {
             }
             assert_eq!(area.scan(&scan, Want::Guard), [(4, 6)], "{:?}", scan.ability());
             assert_eq!(area.scan(&scan, Want::Anonymous), [(0, 4), (6, 8)]);
+            let (pages, guards) = scan.contents(area.start(), area.start() + area.1 as u64).unwrap();
+            assert_eq!((pages.len(), guards.len()), (2, 1));
+            assert_eq!(guards[0].len(), 2 * page_size());
         }
     }
 

@@ -92,14 +92,16 @@ mod tests {
         write(3);
         assert_eq!(taken(), None);
         watch.register(start, start + length).unwrap();
-        assert!(taken().unwrap().iter().any(|(a, b)| (*a..*b).contains(&3)));
+        assert_eq!(taken().unwrap(), [(3, 4)]);
         assert_eq!(taken().unwrap(), []);
         write(3);
         write(900);
-        let seen = taken().unwrap();
-        for number in [3, 900] {
-            assert!(seen.iter().any(|(a, b)| (*a..*b).contains(&number)), "{number} in {seen:?}");
-        }
+        let seen = scan.written(start, start + length).unwrap().unwrap();
+        assert!([3, 900].iter().all(|n| seen.iter().any(|r| (r.start..r.end).contains(&(start + n * page)))));
+        assert_eq!(taken().unwrap(), [(3, 4), (900, 901)]);
+        // Nothing shows where nothing is.
+        let there = scan.scan(start, start + length, crate::pagemap::Want::Anonymous).unwrap();
+        assert_eq!(there.iter().map(|r| r.len() / page).sum::<u64>(), 2);
         assert_eq!(taken().unwrap(), []);
         drop(watch);
         assert_eq!(taken(), None);

@@ -60,6 +60,12 @@ fn main() {
         torture_by(&victim("kitchen")?, rounds / 2 + 1, Some("fork"))?;
         Ok(torture_by(&victim("sysv_shm")?, rounds / 4 + 1, Some("fork"))?)
     }));
+    trials.push(Trial::test("killed dumps that follow what is written", || {
+        let rounds = number("TORTURE_ROUNDS", 40);
+        torture_by(&victim("written")?, rounds, Some("track"))?;
+        torture_by(&victim("kitchen")?, rounds / 2 + 1, Some("track"))?;
+        Ok(torture_by(&victim("cow")?, rounds / 4 + 1, Some("track"))?)
+    }));
     trials.push(Trial::test("killed dumps of a tree", || Ok(grove::torture(number("TORTURE_ROUNDS", 40))?)));
     let trials = trials.into_iter().map(|t| t.with_ignored_flag(!is_root())).collect();
     libtest_mimic::run(&arguments, trials).exit();

@@ -22,7 +22,7 @@ const ROUNDS: u32 = 6;
 /// What a look at one process has found.
 #[derive(Default)]
 struct Look {
-    /// What of it was written, or is watched only now.
+    /// What is not known any more: it was written, or is watched only now.
     written: Runs,
     /// What is to be copied.
     wanted: Runs,
@@ -82,7 +82,6 @@ fn look(own: Pid, watch: &WriteWatch, parent: Option<Pid>) -> Look {
         return Look { written: vec![(0, u64::MAX)], ..Look::default() };
     };
     let mut found = Look::default();
-    let mut present = Runs::new();
     for area in maps.iter().filter(|m| watchable(m)) {
         let (start, end) = (area.start, area.end);
         let mut written = scan.take_written(start, end);
@@ -90,19 +89,17 @@ fn look(own: Pid, watch: &WriteWatch, parent: Option<Pid>) -> Look {
             found.written.push((start, end));
             written = scan.take_written(start, end);
         }
-        let there = scan.scan(start, end, Want::Anonymous).unwrap_or_default();
         match written {
-            Ok(Some(ranges)) => found.written.extend(ranges.into_iter().map(|r| (r.start, r.end))),
+            Ok(Some(ranges)) => found.wanted.extend(ranges.into_iter().map(|r| (r.start, r.end))),
             Ok(None) | Err(_) => {
                 found.written.push((start, end));
+                let there = scan.scan(start, end, Want::Anonymous).unwrap_or_default();
                 found.unwatched += there.iter().map(|r| r.len()).sum::<u64>();
-                continue;
             }
         }
-        present.extend(there.into_iter().map(|r| (r.start, r.end)));
     }
-    found.written = runs::tidy(found.written);
-    found.wanted = runs::both(&found.written, &runs::tidy(present));
+    found.wanted = runs::tidy(found.wanted);
+    found.written = runs::tidy([found.written, found.wanted.clone()].concat());
     // What it has in common with its parent is in the image once, and which pages that are shows when both stand.
     if let Some(parent) = parent
         && let Ok((_, others)) = memory::shared_pages(pid, living(parent), &found.wanted)
