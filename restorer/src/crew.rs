@@ -136,6 +136,13 @@ mod tests {
     use crate::memory;
 
     #[test]
+    fn pieces_are_as_many_wherever_they_are_put_first() {
+        let record = Record { address: 0x7000, length: 3 << 20, place: Where::Data, file: 1, offset: 0 };
+        let count = |shift| memory::pieces(&record, shift, false).len();
+        assert!([0x1000, 0x7_f000, 0x1234_5000].into_iter().all(|shift| count(shift) == count(0)));
+    }
+
+    #[test]
     fn shares_are_even_and_whole() {
         let record =
             |address, length| Record { address, length, place: Where::Data, file: 1, offset: address };

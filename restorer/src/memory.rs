@@ -297,7 +297,9 @@ pub(crate) fn pieces(record: &Record, shift: u64, huge: bool) -> Vec<Piece> {
         } else {
             end
         };
-        let stop = if whole { stop } else { stop.min((at + POPULATED) & !(POPULATED - 1)) };
+        // Counted from where it belongs: how many pieces there are must not depend on where the way there leads through.
+        let next = ((at - shift + POPULATED) & !(POPULATED - 1)) + shift;
+        let stop = if whole { stop } else { stop.min(next) };
         all.push(Piece { at, stop, file: record.file, offset: record.offset + (at - start), whole });
         at = stop;
     }

@@ -147,7 +147,10 @@ pub(crate) fn server_killed(rounds: u32) -> Outcome {
     let (mut victim, image) = dumped()?;
     let mut ended = 0;
     for round in 0..rounds {
-        let server = restore(&victim, &image, &[])?;
+        // Every other time nothing comes unasked, so that the server is at work for longer.
+        let list = victim.dir.path().join(format!("working-set-{round}"));
+        let list = ["--record", list.to_str().ok_or("a path")?];
+        let server = restore(&victim, &image, if round % 2 == 0 { &list } else { &[] })?;
         victim.restored();
         std::thread::sleep(Duration::from_micros(u64::from(round) * 7919 % 100_000));
         // SAFETY: takes numbers; nobody else reaps what will be our child.

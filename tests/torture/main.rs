@@ -62,7 +62,7 @@ fn main() {
     }));
     trials.push(Trial::test("killed dumps that follow what is written", || {
         let rounds = number("TORTURE_ROUNDS", 40);
-        torture_by(&victim("written")?, rounds, Some("track"))?;
+        torture_by(&victim("snapshot")?, rounds, Some("track"))?;
         torture_by(&victim("kitchen")?, rounds / 2 + 1, Some("track"))?;
         Ok(torture_by(&victim("cow")?, rounds / 4 + 1, Some("track"))?)
     }));
