@@ -73,7 +73,8 @@ pub(crate) struct Summary {
 }
 
 pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
-    let afterwards = match (args.leave_running || args.track, args.leave_stopped) {
+    let track = args.track || args.every.is_some();
+    let afterwards = match (args.leave_running || track, args.leave_stopped) {
         (true, _) => Afterwards::Running,
         (_, true) => Afterwards::Stopped,
         _ => Afterwards::Ended,
@@ -83,9 +84,8 @@ pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
                    cannot be restored to them";
         Cli::command().error(ErrorKind::ArgumentConflict, why).exit();
     }
-    if args.parent.is_some() && args.dir == Path::new("-") {
-        let why =
-            "an image on standard output cannot build on another: name a directory, or leave out --parent";
+    if (args.parent.is_some() || args.every.is_some()) && args.dir == Path::new("-") {
+        let why = "an image on standard output cannot build on another: name a directory, or leave out --parent and --every";
         Cli::command().error(ErrorKind::ArgumentConflict, why).exit();
     }
     let tcp = match args.tcp {
@@ -98,8 +98,8 @@ pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
         args::Freeze::Fork => Freeze::Fork,
         args::Freeze::Track => Freeze::Track,
     });
-    if (args.track || args.parent.is_some()) && freeze.is_some_and(|freeze| freeze != Freeze::Track) {
-        let why = "with `--track` or `--parent` memory is taken by `--freeze track`";
+    if (track || args.parent.is_some()) && freeze.is_some_and(|freeze| freeze != Freeze::Track) {
+        let why = "with `--track`, `--parent` or `--every` memory is taken by `--freeze track`";
         Cli::command().error(ErrorKind::ArgumentConflict, why).exit();
     }
     let choices = Choices {
@@ -107,13 +107,13 @@ pub(crate) fn run(args: &DumpArgs) -> anyhow::Result<Exit> {
         tcp,
         external_unix: args.external_unix.clone(),
         parent: args.parent.clone(),
-        track: args.track,
+        track,
         encoding: encoding::of(&args.encoding)?,
         identities: Identities::read(&args.encoding.identity)?,
         freeze,
     };
     if let Some(every) = args.every {
-        return every::run(args, &Choices { track: true, ..choices }, every);
+        return every::run(args, &choices, every);
     }
     let (summary, held) = dump(args.pid, &args.dir, afterwards, args.fsync, choices)?;
     if !args.quiet {
@@ -183,8 +183,9 @@ pub(crate) fn dump(
         choices.parent.as_deref().map(|dir| Image::open_with(dir, &choices.identities)).transpose()?;
     let watched = Watched { parent, ..Watched::default() };
     let (summary, held, tracking) = followed(pid, dir, afterwards, fsync, choices, watched)?;
-    if let Some(tracking) = tracking {
-        tracking.leave()?;
+    // The image is complete, and stays so.
+    if let Some(Err(e)) = tracking.map(Tracking::leave) {
+        output::note(&format!("what is written from now on is not followed: {}", exit::message(&e.into())));
     }
     Ok((summary, held))
 }

@@ -131,7 +131,7 @@ pub(crate) fn capture<'s>(
     let pins: Vec<bool> = (0..tables.len())
         .map(|i| {
             let owner = shares[i].descriptors.and_then(|of| numbers.get(&of.0).copied()).unwrap_or(i);
-            track::pins(&collector.objects, &tables[owner])
+            track::pins(&collector.objects, &tables[owner].descriptors)
         })
         .collect();
     let spaces: Vec<Space<'_>> = (0..vmas.len())

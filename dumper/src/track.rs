@@ -24,6 +24,7 @@ use nix::errno::Errno;
 use torpor_image::Image;
 use torpor_image::description::{Kind, Objects};
 use torpor_image::extent::{Record, Where};
+use torpor_image::task::{Descriptor, Task};
 use torpor_kernel::ids::{Pid, Tid};
 use torpor_kernel::memory::Memory;
 use torpor_kernel::write_watch::WriteWatch;
@@ -31,7 +32,6 @@ use torpor_kernel::{abi, stat};
 use torpor_parasite::script::{Script, Value};
 
 use self::runs::Covered;
-use crate::description::Table;
 use crate::dump::{Destination, Options, Target};
 use crate::error::{Error, Result};
 use crate::freeze::{Frozen, FrozenTree};
@@ -187,7 +187,16 @@ impl Tracking {
                 false => to.writer.build_on(parent, most_files())?,
             };
             if base.is_some_and(|base| base == parent.manifest.id) {
-                for task in &parent.tasks {
+                // What had pinned pages then may have been given contents since that nobody has seen.
+                let pinned = |task: &&Task| {
+                    let of = task.shares.descriptors.unwrap_or(task.pid);
+                    parent
+                        .tasks
+                        .iter()
+                        .find(|t| t.pid == of)
+                        .is_some_and(|t| pins(&parent.objects, &t.descriptors))
+                };
+                for task in parent.tasks.iter().filter(|task| !pinned(task)) {
                     let records = parent.records(task.memory.pages).iter();
                     let borrowed = records.filter_map(|r| match r.place {
                         Where::Data if link && wasted.contains(&r.file) => None,
@@ -220,8 +229,8 @@ impl Tracking {
 }
 
 /// Whether a process may have pages that are written to without a fault: what is read from its files goes there directly.
-pub(crate) fn pins(objects: &Objects, table: &Table) -> bool {
-    table.descriptors.iter().any(|d| {
+pub(crate) fn pins(objects: &Objects, descriptors: &[Descriptor]) -> bool {
+    descriptors.iter().any(|d| {
         let description = &objects.descriptions[d.description.0 as usize];
         match description.kind {
             Kind::IoUring(_) => true,

@@ -111,18 +111,4 @@ mod tests {
             libc::waitpid(child, std::ptr::null_mut(), 0);
         }
     }
-
-    #[test]
-    #[ignore = "measures"]
-    fn cost() {
-        let begin = std::time::Instant::now();
-        let look = Look::open().unwrap();
-        eprintln!("open: {:?}", begin.elapsed());
-        let mem = std::fs::File::open("/proc/self/mem").unwrap();
-        let begin = std::time::Instant::now();
-        for _ in 0..100 {
-            look.state(mem.as_fd()).unwrap();
-        }
-        eprintln!("state: {:?}", begin.elapsed() / 100);
-    }
 }

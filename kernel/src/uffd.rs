@@ -30,7 +30,6 @@ const fn request(number: u32, size: usize, read: bool) -> libc::c_ulong {
     let direction = if read { 0x8000_0000 } else { 0xc000_0000u32 };
     (direction | (size as u32) << 16 | 0xaa << 8 | number) as libc::c_ulong
 }
-const UFFDIO_REGISTER: libc::c_ulong = request(0x00, 32, false);
 const UFFDIO_WAKE: libc::c_ulong = request(0x02, 16, true);
 const UFFDIO_COPY: libc::c_ulong = request(0x03, 40, false);
 const UFFDIO_ZEROPAGE: libc::c_ulong = request(0x04, 32, false);
@@ -113,7 +112,7 @@ impl Userfaultfd {
     /// From now on faults of missing pages from `start` to `end` wait for us.
     pub fn register(&self, start: u64, end: u64) -> Result<()> {
         let mut argument = [start, end - start, REGISTER_MODE_MISSING, 0];
-        self.ioctl(UFFDIO_REGISTER, "UFFDIO_REGISTER", &mut argument)
+        self.ioctl(abi::UFFDIO_REGISTER, "UFFDIO_REGISTER", &mut argument)
     }
 
     /// Makes the pages at `to` of `bytes`, and wakes who waits for them. How many bytes were taken, and what stopped it.

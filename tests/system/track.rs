@@ -18,6 +18,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         Trial::test("track: a dump without --track leaves the watch alone", || Ok(beside()?)),
         Trial::test("track: nothing is left of a watch that ends", || Ok(traceless()?)),
         Trial::test("track: parents that are missing or altered are named", || Ok(lost_parent()?)),
+        Trial::test("track: memory that may be written to unseen is copied whole", || Ok(pinned()?)),
         Trial::test("track: a squashed image needs no other", || Ok(squashed()?)),
         Trial::test("track: dumps made every so often", || Ok(every()?)),
     ]
@@ -248,4 +249,17 @@ fn every() -> Outcome {
         victim.kill();
     }
     Ok(())
+}
+
+/// Buffers that are registered with a ring: neither the image with the ring nor one that builds on it trusts what is known.
+fn pinned() -> Outcome {
+    let mut victim = Victim::start("io_uring", &["registered"])?;
+    let first = follow(&mut victim, None)?;
+    victim.ticks(2)?;
+    let second = victim.dump_with(&["--parent", path(&first)?])?;
+    victim.reap_all(&second)?;
+    let borrowed = torpor_image::Image::open(&second).map_err(|e| e.to_string())?.manifest.borrowed;
+    ensure!(borrowed.is_empty(), "it builds on {borrowed:?}");
+    restore(&mut victim, &second)?;
+    victim.ticks(4)
 }
