@@ -2,9 +2,9 @@
 //!
 //! What smaps tells of a large process takes milliseconds ([`torpor_kernel::mm_seq`]). Where that is so, it is read while
 //! the process still runs, with the count of changes before it; in the freeze the count is looked at again and, if it
-//! is the same, only `maps` is read, for the names of files.
+//! is the same, only the names of files are, of which there are few.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use torpor_kernel::ids::Pid;
 use torpor_kernel::maps::Mapping;
 use torpor_kernel::memory::Memory;
 use torpor_kernel::mm_seq::{Look, State};
+use torpor_kernel::procmap::Procmap;
 
 use crate::error::{Error, Result};
 use crate::survey::living;
@@ -58,6 +59,9 @@ impl Areas {
 /// The map of a stopped process, of which `known` may still hold.
 pub(crate) fn of(pid: Pid, known: Option<&[Mapping]>) -> Result<Vec<Mapping>> {
     let Some(known) = known else { return vma::read(pid) };
+    if still_named(pid, known) {
+        return Ok(known.to_vec());
+    }
     let mut maps = torpor_kernel::maps::maps(pid).map_err(Error::kernel(pid, "reading its memory map"))?;
     let same = |a: &Mapping, b: &Mapping| (a.start, a.end) == (b.start, b.end);
     if maps.len() != known.len() || !maps.iter().zip(known).all(|(a, b)| same(a, b)) {
@@ -68,4 +72,18 @@ pub(crate) fn of(pid: Pid, known: Option<&[Mapping]>) -> Result<Vec<Mapping>> {
         (map.pkey, map.page_kb) = (known.pkey, known.page_kb);
     }
     Ok(maps)
+}
+
+/// Whether the files of areas that are the same have the names that they had. One area is asked about for each file.
+fn still_named(pid: Pid, known: &[Mapping]) -> bool {
+    let Ok(procmap) = Procmap::open(pid) else { return false };
+    let mut asked = HashSet::new();
+    known.iter().filter(|m| m.inode != 0 && asked.insert((m.dev, m.inode, &m.path, m.deleted))).all(|m| {
+        let suffix: &[u8] = if m.deleted { b" (deleted)" } else { b"" };
+        procmap.at(m.start).is_ok_and(|now| {
+            now.range == (m.start, m.end)
+                && now.inode == (m.inode, m.dev)
+                && now.name.strip_suffix(suffix).is_some_and(|name| name == m.path)
+        })
+    })
 }

@@ -14,7 +14,7 @@ use torpor_image::vma::Vma;
 use torpor_image::write::{DataFile, ImageWriter};
 use torpor_image::zombie::Zombie;
 use torpor_image::{Bytes, Pid as ImagePid};
-use torpor_kernel::ids::{Pid, Tid};
+use torpor_kernel::ids::Pid;
 use torpor_kernel::stat;
 use torpor_parasite::script::Outcome;
 use torpor_parasite::wire::STACK;
@@ -61,7 +61,7 @@ pub(crate) struct Captured<'s> {
 pub(crate) fn capture<'s>(
     stopped: &mut FrozenTree,
     hold: &mut Option<Hold>,
-    (opened, known, before): (&[Opened], &HashMap<Pid, Gadgets>, &Before),
+    (opened, entries, before): (&[Opened], &HashMap<Pid, Gadgets>, &Before),
     mut stage: Option<&'s mut Stage>,
     way: &snapshot::Way,
     to: Destination,
@@ -84,10 +84,10 @@ pub(crate) fn capture<'s>(
         collector.watched = tracking.watched().flat_map(|p| [p, survey::living(p)]).collect();
     }
     collector.files = Files::new(options.files.clone(), root)?;
+    collector.order.clone_from(&before.order);
     let shares = sharing::collect(&stopped.processes)?;
-    let looks = looks(stopped, opened, &shares, &before.areas)?;
     // Descriptors first: through them files can be opened that only a privilege opens by their mappings.
-    let (found, outsides): (Vec<_>, Vec<_>) = looks.into_iter().unzip();
+    let (found, outsides) = looks(stopped, opened, &shares, &before.areas)?;
     let threads = threads(stopped)?;
     let tables = description::collect(&mut collector, found)?;
     *hold = tcp::finish(&mut collector)?;
@@ -114,7 +114,7 @@ pub(crate) fn capture<'s>(
     let gadgets = stopped
         .processes
         .iter()
-        .map(|p| known.get(&p.pid()).copied().ok_or_else(|| p.died("it is another one now")));
+        .map(|p| entries.get(&p.pid()).copied().ok_or_else(|| p.died("it is another one now")));
     let gadgets = gadgets.collect::<Result<Vec<_>>>()?;
     let watch = options.watch();
     if let Some(stage) = stage.as_deref_mut() {
@@ -213,25 +213,39 @@ fn looks(
     opened: &[Opened],
     shares: &[Shares],
     areas: &Areas,
-) -> Result<Vec<(Vec<Found>, Outside)>> {
+) -> Result<(Vec<Vec<Found>>, Vec<Outside>)> {
     let areas = areas.confirmed(opened.iter().map(|o| o.pid));
-    let all = stopped.processes.iter().zip(opened).zip(shares);
-    let all: Vec<(Pid, &Opened, bool)> = all
-        .map(|((process, opened), shares)| (process.pid(), opened, shares.descriptors.is_none()))
-        .collect();
-    let look = |&(own, opened, table): &(Pid, &Opened, bool)| {
-        let found = if table { description::look(opened)? } else { Vec::new() };
-        Ok((found, task::look(own, opened.pid, areas.get(&opened.pid).copied())?))
-    };
-    workers::each(&all, look).into_iter().collect()
+    let all: Vec<(&Frozen, &Opened)> = stopped.processes.iter().zip(opened).collect();
+    let all: Vec<(Pid, Pid)> = all.into_iter().map(|(process, opened)| (process.pid(), opened.pid)).collect();
+    let look = |&(own, pid): &(Pid, Pid)| task::look(own, pid, areas.get(&pid).copied());
+    let own = |(_, shares): &(_, &Shares)| shares.descriptors.is_none();
+    let mut found =
+        description::look(&opened.iter().zip(shares).filter(own).map(|(o, _)| o).collect::<Vec<_>>())?
+            .into_iter();
+    let found =
+        shares.iter().map(|s| s.descriptors.map_or_else(|| found.next(), |_| None).unwrap_or_default());
+    Ok((found.collect(), workers::each(&all, look).into_iter().collect::<Result<_>>()?))
 }
 
 /// What is told of every thread, by process.
 fn threads(stopped: &FrozenTree) -> Result<Vec<Vec<thread::Outside>>> {
-    let of = |p: &Frozen| p.threads().iter().map(|t| (p.pid(), t.tid)).collect::<Vec<_>>();
-    let all: Vec<(Pid, Tid)> = stopped.processes.iter().flat_map(of).collect();
-    let mut looks = workers::each(&all, |(pid, tid)| thread::look(*pid, *tid)).into_iter();
-    stopped.processes.iter().map(|p| looks.by_ref().take(p.threads().len()).collect()).collect()
+    let processes = &stopped.processes;
+    let first = |p: &Frozen| (p.pid(), p.threads()[0].tid);
+    let leaders = workers::each(&processes.iter().map(first).collect::<Vec<_>>(), |(pid, tid)| {
+        thread::look(*pid, *tid)
+    });
+    let leaders = leaders.into_iter().collect::<Result<Vec<_>>>()?;
+    let others = processes.iter().zip(&leaders).flat_map(|(p, leader)| {
+        let told = p.told();
+        let its = (leader, told.get(&p.threads()[0].tid));
+        p.threads()[1..].iter().map(move |t| ((p.pid(), t.tid), told.get(&t.tid), its))
+    });
+    let others: Vec<_> = others.collect();
+    let mut looks =
+        workers::each(&others, |(of, told, its)| thread::look_beside(*of, *told, *its)).into_iter();
+    let counts: Vec<usize> = processes.iter().map(|p| p.threads().len() - 1).collect();
+    let all = leaders.into_iter().zip(counts);
+    all.map(|(leader, more)| std::iter::once(Ok(leader)).chain(looks.by_ref().take(more)).collect()).collect()
 }
 
 /// How every process is made to copy itself; none where they are not.

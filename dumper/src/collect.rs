@@ -66,6 +66,8 @@ pub(crate) struct Collector {
     pub(crate) sockets: crate::unix::Sockets,
     /// Descriptions met so far.
     pub(crate) known: Vec<Known>,
+    /// What was found of the running tree, to be confirmed of the stopped one.
+    pub(crate) order: crate::description::Order,
     pidfds: HashMap<Pid, OwnedFd>,
     /// POSIX message queues met so far.
     pub(crate) mqueues: Vec<crate::mqueue::Known>,
@@ -95,6 +97,7 @@ impl Collector {
             tcp: crate::tcp::Captures::default(),
             sockets: crate::unix::Sockets::default(),
             known: Vec::new(),
+            order: HashMap::new(),
             pidfds: HashMap::new(),
             objects: Objects::default(),
             refusals: Vec::new(),
@@ -192,6 +195,11 @@ impl Collector {
             Source::Process { .. } => {}
             Source::Path { .. } => self.objects.inodes[id.0 as usize].saved = extents,
         }
+    }
+
+    /// A pipe that was collected by another of its descriptors.
+    pub(crate) fn known_pipe(&self, key: (u64, u64)) -> Option<PipeId> {
+        self.pipes.get(&key).copied()
     }
 
     /// The number of a pipe, made by `make` when it is new. `key` is its device and inode number.

@@ -2,6 +2,7 @@
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::sys::stat::SFlag;
@@ -10,7 +11,7 @@ use torpor_image::lock::{Flock, OfdLock, PosixLock};
 use torpor_image::task::Descriptor;
 use torpor_image::{Bytes, DescriptionId};
 use torpor_kernel::fdinfo::{Detail, FdInfo, LockKind};
-use torpor_kernel::fds::{self, KcmpType};
+use torpor_kernel::fds::{self, KcmpType, Shown};
 use torpor_kernel::ids::Pid;
 
 use crate::collect::{Collector, Known};
@@ -18,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::opened::Opened;
 use crate::{
     anon, epoll, eventfd, inet, inode, inotify, io_uring, lease, mqueue, netlink, packet, pidfd, pipe, raw,
-    signalfd, terminal, timerfd, udp, unix,
+    signalfd, terminal, timerfd, udp, unix, workers,
 };
 
 /// fcntl commands libc has no names for (asm-generic/fcntl.h).
@@ -56,12 +57,12 @@ impl Found {
 
     /// A descriptor of ours for the same description.
     pub(crate) fn get(&self, collector: &mut Collector) -> Result<OwnedFd> {
-        let failed = || Error::kernel(self.pid, format!("reaching {}", self.title()));
-        let fd = collector.getfd(self.pid, self.fd).map_err(failed())?;
+        let failed = |e| Error::kernel(self.pid, format!("reaching {}", self.title()))(e);
+        let fd = collector.getfd(self.pid, self.fd).map_err(failed)?;
         // A running process may have closed it, and opened another under its number.
         let same = |s: libc::stat| (s.st_dev, s.st_ino) == (self.stat.st_dev, self.stat.st_ino);
         if collector.live && !nix::sys::stat::fstat(&fd).is_ok_and(same) {
-            return Err(failed()(torpor_kernel::Error::syscall("fstat", self.fd, nix::errno::Errno::EBADF)));
+            return Err(failed(torpor_kernel::Error::syscall("fstat", self.fd, nix::errno::Errno::EBADF)));
         }
         Ok(fd)
     }
@@ -74,18 +75,28 @@ pub(crate) struct Table {
     pub(crate) locks: Vec<PosixLock>,
 }
 
-/// Every descriptor of a process. One that vanishes meanwhile, as happens to a running process, is left out.
-pub(crate) fn look(opened: &Opened) -> Result<Vec<Found>> {
-    let pid = opened.pid;
-    let mut all = Vec::with_capacity(opened.fds.len());
-    for (fd, link) in &opened.fds {
-        match look_with(pid, *fd, link.clone()) {
-            Ok(found) => all.push(found),
-            Err(e) if e.is_gone() => {}
-            Err(e) => return Err(Error::kernel(pid, format!("reading fd {fd}"))(e)),
+/// Every descriptor of these processes. One that vanishes meanwhile, as happens to a running process, is left out.
+pub(crate) fn look(all: &[&Opened]) -> Result<Vec<Vec<Found>>> {
+    let shown = |opened: &&Opened| {
+        Shown::open(opened.pid).map_err(Error::looking(opened.pid, "listing its descriptors"))
+    };
+    let all = all.iter().map(|o| Ok((*o, shown(o)?))).collect::<Result<Vec<_>>>()?;
+    let of = |(opened, shown): &(&Opened, Shown), range: Range<usize>| {
+        let mut all = Vec::with_capacity(range.len());
+        for (fd, link) in &opened.fds[range] {
+            let look = || {
+                let (stat, info) = (shown.stat(*fd)?, shown.fdinfo(*fd)?);
+                Ok(Found { pid: opened.pid, fd: *fd, link: link.clone(), stat, info })
+            };
+            match look() {
+                Ok(found) => all.push(found),
+                Err(e) if torpor_kernel::Error::is_gone(&e) => {}
+                Err(e) => return Err(Error::kernel(opened.pid, format!("reading fd {fd}"))(e)),
+            }
         }
-    }
-    Ok(all)
+        Ok(all)
+    };
+    workers::parts(&all, |(opened, _)| opened.fds.len(), of)
 }
 
 /// Whether an error says that a descriptor is there no more, or its process.
@@ -94,10 +105,7 @@ fn closed(error: &torpor_kernel::Error) -> bool {
 }
 
 pub(crate) fn look_at(pid: Pid, fd: i32) -> torpor_kernel::Result<Found> {
-    look_with(pid, fd, fds::readlink(pid, fd)?)
-}
-
-fn look_with(pid: Pid, fd: i32, link: Vec<u8>) -> torpor_kernel::Result<Found> {
+    let link = fds::readlink(pid, fd)?;
     Ok(Found { pid, fd, link, stat: fds::stat(pid, fd)?, info: torpor_kernel::fdinfo::fdinfo(pid, fd)? })
 }
 
@@ -206,36 +214,80 @@ impl Collector {
 
 /// For each descriptor the first one with the same description, of whichever process. Candidates have the same
 /// inode, flags and position; among them kcmp decides, which gives an order, so that each is found by
-/// bisection (kcmp(2)).
-fn same_description(collector: &Collector, all: &[Found]) -> Result<Vec<usize>> {
+/// bisection (kcmp(2)). The order of files that stay open does not change: what was found on the running tree is
+/// confirmed by one comparison of each with the next.
+fn same_description(collector: &mut Collector, all: &[Found]) -> Result<Vec<usize>> {
     let mut buckets: HashMap<(u64, u64, u32, u64), Vec<usize>> = HashMap::new();
-    let mut owner = Vec::with_capacity(all.len());
     for (i, found) in all.iter().enumerate() {
         let key = (found.stat.st_dev, found.stat.st_ino, found.info.flags & !O_CLOEXEC, found.info.pos);
-        let bucket = buckets.entry(key).or_default();
-        let (mut low, mut high) = (0, bucket.len());
-        let mut first = i;
-        while low < high {
-            let middle = (low + high) / 2;
-            let other = &all[bucket[middle]];
-            match fds::kcmp(other.pid, found.pid, KcmpType::File, other.fd as u64, found.fd as u64) {
-                Ok(Ordering::Equal) => {
-                    first = bucket[middle];
-                    break;
+        buckets.entry(key).or_default().push(i);
+    }
+    let mut owner: Vec<usize> = (0..all.len()).collect();
+    let mut order = Order::new();
+    for bucket in buckets.values().filter(|b| b.len() > 1) {
+        if confirmed(&collector.order, all, bucket, &mut owner) {
+            continue;
+        }
+        // The first of each description, in the kernel's order.
+        let mut sorted: Vec<usize> = Vec::new();
+        for &i in bucket {
+            let (mut low, mut high) = (0, sorted.len());
+            owner[i] = i;
+            while low < high {
+                let middle = (low + high) / 2;
+                match compare(&all[sorted[middle]], &all[i]) {
+                    Ok(Ordering::Equal) => {
+                        owner[i] = sorted[middle];
+                        break;
+                    }
+                    Ok(Ordering::Less) => low = middle + 1,
+                    Ok(Ordering::Greater) => high = middle,
+                    // Closed since, or the process is gone, which happens to running ones only.
+                    Err(_) if collector.live => break,
+                    Err(e) => return Err(Error::kernel(all[i].pid, "comparing descriptors")(e)),
                 }
-                Ok(Ordering::Less) => low = middle + 1,
-                Ok(Ordering::Greater) => high = middle,
-                // Closed since, or the process is gone, which happens to running ones only.
-                Err(_) if collector.live => break,
-                Err(e) => return Err(Error::kernel(found.pid, "comparing descriptors")(e)),
+            }
+            if owner[i] == i {
+                sorted.insert(low.min(sorted.len()), i);
             }
         }
-        if first == i {
-            bucket.insert(low.min(bucket.len()), i);
-        }
-        owner.push(first);
+        let ranks: HashMap<usize, u32> = sorted.into_iter().zip(0..).collect();
+        order.extend(bucket.iter().map(|i| ((all[*i].pid, all[*i].fd), ranks[&owner[*i]])));
+    }
+    if collector.live {
+        collector.order = order;
     }
     Ok(owner)
+}
+
+/// In which order the kernel has descriptions that look alike, by the descriptors for them.
+pub(crate) type Order = HashMap<(Pid, i32), u32>;
+
+fn compare(a: &Found, b: &Found) -> torpor_kernel::Result<Ordering> {
+    fds::kcmp(a.pid, b.pid, KcmpType::File, a.fd as u64, b.fd as u64)
+}
+
+/// Whether descriptors that look alike have the order that was found before. `owner` is filled in then.
+fn confirmed(order: &Order, all: &[Found], bucket: &[usize], owner: &mut [usize]) -> bool {
+    let rank = |i: &usize| order.get(&(all[*i].pid, all[*i].fd)).map(|rank| (*rank, *i));
+    let Some(mut ranks) = bucket.iter().map(rank).collect::<Option<Vec<(u32, usize)>>>() else {
+        return false;
+    };
+    ranks.sort_unstable();
+    let same = |pair: &[(u32, usize)]| {
+        compare(&all[pair[0].1], &all[pair[1].1]).is_ok_and(|found| found == pair[0].0.cmp(&pair[1].0))
+    };
+    if !ranks.windows(2).all(same) {
+        return false;
+    }
+    let mut first = ranks[0];
+    for (rank, i) in ranks {
+        if rank != first.0 {
+            first = (rank, i);
+        }
+        owner[i] = first.1;
+    }
+    true
 }
 
 /// Makes the description behind `found`; `None` when it was refused.

@@ -13,6 +13,7 @@ use torpor_kernel::stat;
 
 use crate::areas::Areas;
 use crate::capture::capture;
+use crate::description::Order;
 use crate::error::{Error, Result};
 use crate::freeze::{Frozen as Stopped, FrozenTree};
 use crate::gadget::{self, Gadgets, Known};
@@ -25,6 +26,7 @@ use crate::snapshot::Way;
 use crate::stage::Stage;
 use crate::survey::{self, Survey};
 use crate::tcp::{self, TcpPolicy};
+use crate::thread::Unasked;
 use crate::track::Tracking;
 use crate::unix::{self, ExternalUnix};
 use crate::{areas, inotify, io_uring, netlink, pty, snapshot};
@@ -82,6 +84,7 @@ pub struct Target {
     started: u64,
     /// Bytes of anonymous memory, about as many as there are to be copied.
     anonymous: u64,
+    order: Order,
     /// How long it took to read the memory maps.
     maps_took: std::time::Duration,
 }
@@ -145,6 +148,8 @@ pub(crate) struct Before {
     pub(crate) restarts: Restarts,
     pub(crate) rings: io_uring::Watch,
     pub(crate) areas: Areas,
+    pub(crate) unasked: Unasked,
+    pub(crate) order: Order,
 }
 
 /// Whether something is on its way that a dump would lose, and that programs take in at once as a rule.
@@ -204,7 +209,16 @@ impl Target {
             }
         }
         let started = stat::of_process(root).map_err(Error::kernel(root, "reading its stat"))?.starttime;
-        Ok(Target { root, gadgets, known, survey, started, anonymous, maps_took: maps.took })
+        Ok(Target {
+            root,
+            gadgets,
+            known,
+            survey,
+            started,
+            anonymous,
+            order: maps.order,
+            maps_took: maps.took,
+        })
     }
 
     fn enter(known: &mut Known, pid: Pid, maps: &[torpor_kernel::maps::Mapping]) -> Result<Gadgets> {
@@ -268,14 +282,14 @@ impl Target {
     pub(crate) fn stop(&self) -> Result<(FrozenTree, HashMap<Pid, Gadgets>)> {
         let mut known = self.known.clone();
         for _ in 0..STARTS {
-            let mut stopped = FrozenTree::freeze(self.root)?;
+            let mut stopped = FrozenTree::freeze(self.root, &Unasked::default())?;
             if let Ok(gadgets) = self.gadgets_of(&stopped, &mut known) {
                 return Ok((stopped, gadgets));
             }
             stopped.release();
             std::thread::sleep(START);
         }
-        let stopped = FrozenTree::freeze(self.root)?;
+        let stopped = FrozenTree::freeze(self.root, &Unasked::default())?;
         let gadgets = self.gadgets_of(&stopped, &mut known)?;
         Ok((stopped, gadgets))
     }
@@ -290,6 +304,8 @@ impl Target {
         let pids = || self.survey.processes.iter().map(|p| p.pid);
         let before = Before {
             areas: if self.maps_took < areas::SLOW { Areas::default() } else { Areas::read(pids()) },
+            unasked: Unasked::prepare(&self.survey),
+            order: self.order.clone(),
             rings: io_uring::Watch::of(&self.survey),
             restarts: Restarts::look(pids()),
         };
@@ -298,7 +314,7 @@ impl Target {
         let mut moments = 0;
         last()?;
         loop {
-            let mut stopped = FrozenTree::freeze(self.root)?;
+            let mut stopped = FrozenTree::freeze(self.root, &before.unasked)?;
             if stat::of_process(self.root).is_ok_and(|s| s.starttime != self.started) {
                 return Err(stopped.root().died("another process has its pid by now"));
             }

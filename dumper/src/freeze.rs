@@ -12,7 +12,7 @@
 //! `PTRACE_SEIZE` sends no signal and leaves no trace; when this process dies the kernel detaches and every
 //! thread goes on (ptrace(2)).
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::marker::PhantomData;
 use std::time::{Duration, Instant};
 
@@ -20,9 +20,11 @@ use nix::errno::Errno;
 use torpor_kernel::ids::{Pid, Tid};
 use torpor_kernel::priority::RealTime;
 use torpor_kernel::ptrace::{self, Stop};
+use torpor_kernel::task_struct::Told;
 use torpor_kernel::{process, status};
 
 use crate::error::{Error, Refusal, Result};
+use crate::thread::Unasked;
 
 /// How threads are traced.
 pub(crate) const OPTIONS: u32 = ptrace::OPTION_SYSGOOD;
@@ -60,6 +62,7 @@ pub(crate) struct Frozen {
     /// Signals that were taken off a thread while it ran for us, to be sent again.
     pub(crate) resend: Vec<(Tid, i32)>,
     gone: bool,
+    told: HashMap<Tid, Told>,
     _bound_to_thread: PhantomData<*const ()>,
 }
 
@@ -80,10 +83,10 @@ enum Attempt {
 
 impl FrozenTree {
     /// Stops every thread of `root` and of all processes below it.
-    pub(crate) fn freeze(root: Pid) -> Result<Self> {
+    pub(crate) fn freeze(root: Pid, unasked: &Unasked) -> Result<Self> {
         let mut attempt = 0;
         loop {
-            match Self::attempt(root)? {
+            match Self::attempt(root, unasked)? {
                 Attempt::Stands(tree) => return Ok(tree),
                 Attempt::Vfork(..) if attempt < VFORKS => {
                     std::thread::sleep(Duration::from_millis(1 << attempt));
@@ -96,7 +99,7 @@ impl FrozenTree {
         }
     }
 
-    fn attempt(root: Pid) -> Result<Attempt> {
+    fn attempt(root: Pid, unasked: &Unasked) -> Result<Attempt> {
         let _priority = RealTime::raise();
         let begin = Instant::now();
         let mut tree =
@@ -132,15 +135,15 @@ impl FrozenTree {
                 }
             }
             // Children of the new ones, and of all once more when there are no new ones.
-            let mut list = |from: usize, new: &mut Vec<Pid>| -> Result<()> {
-                for process in &tree.processes[from..] {
-                    new.extend(process.children()?.into_iter().filter(|child| known.insert(*child)));
+            let mut list = |some: &mut [Frozen], new: &mut Vec<Pid>| -> Result<()> {
+                for process in some {
+                    new.extend(process.children(unasked)?.into_iter().filter(|child| known.insert(*child)));
                 }
                 Ok(())
             };
-            list(first, &mut new)?;
+            list(&mut tree.processes[first..], &mut new)?;
             if new.is_empty() && tree.processes.len() > 1 {
-                list(0, &mut new)?;
+                list(&mut tree.processes, &mut new)?;
             }
         }
         tree.zombies.retain(|z| status::of_process(*z).is_ok());
@@ -232,6 +235,7 @@ impl Frozen {
             workers: Vec::new(),
             resend: Vec::new(),
             gone: false,
+            told: HashMap::new(),
             _bound_to_thread: PhantomData,
         }
     }
@@ -240,7 +244,9 @@ impl Frozen {
     fn unknown_threads(&self) -> Result<Vec<Tid>> {
         match process::tasks(self.pid) {
             Ok(mut all) => {
-                all.retain(|t| !self.workers.contains(t) && !self.threads.iter().any(|f| f.tid == *t));
+                let known: HashSet<Tid> =
+                    self.threads.iter().map(|t| t.tid).chain(self.workers.iter().copied()).collect();
+                all.retain(|t| !known.contains(t));
                 Ok(all)
             }
             Err(e) if e.is_gone() => Ok(Vec::new()),
@@ -248,8 +254,21 @@ impl Frozen {
         }
     }
 
-    fn children(&self) -> Result<Vec<Pid>> {
-        process::children(self.pid).map_err(Error::kernel(self.pid, "listing its children"))
+    fn children(&mut self, unasked: &Unasked) -> Result<Vec<Pid>> {
+        self.told = unasked.of(self.living(), self.threads.iter().map(|t| t.tid));
+        let all = if self.told.is_empty() {
+            process::children(self.pid)
+        } else {
+            // Threads that are not among them have none, or have ended, and their children are another's.
+            let with = self.threads.iter().map(|t| t.tid).filter(|t| !self.told[t].childless);
+            process::children_of(self.pid, with.chain(self.workers.iter().copied()))
+        };
+        all.map_err(Error::kernel(self.pid, "listing its children"))
+    }
+
+    /// What is known of its threads without asking them; of all, or of none.
+    pub(crate) fn told(&self) -> &HashMap<Tid, Told> {
+        &self.told
     }
 
     /// Attaches to a thread; false when it has ended.
@@ -302,7 +321,9 @@ impl Frozen {
         match stop {
             Some(stop) => {
                 let signal = stop.group_stop();
-                if let Some(thread) = self.threads.iter_mut().find(|t| t.tid == tid) {
+                if signal.is_some()
+                    && let Some(thread) = self.threads.iter_mut().find(|t| t.tid == tid)
+                {
                     thread.group_stop = signal;
                 }
                 // A signal that arrived before the interrupt is shown first; it must be delivered, and

@@ -38,6 +38,8 @@ const SHARE: u64 = 2 << 20;
 const MAX_WRITERS: u64 = 8;
 /// Addresses that one thread looks at at a time: a dense GiB takes 3 ms.
 const LOOK: u64 = 256 << 20;
+/// From how many areas on more than one thread looks: each costs 0.4 microseconds.
+const MANY: usize = 2000;
 
 /// Who looks on: is told of bytes copied, and may want it to end.
 pub(crate) struct Watch<'a> {
@@ -148,12 +150,16 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
     let scan = PageScan::open(pid).map_err(Error::kernel(pid, "opening its pagemap"))?;
     let mut runs = Vec::new();
     let mut rest = Rest { parent: space.parent, ..Rest::default() };
-    let parts = parts(&joined(space.vmas));
+    let joined = joined(space.vmas);
+    let total: u64 = joined.iter().map(|(start, end)| end - start).sum();
+    let many = space.vmas.len() >= MANY;
+    let parts =
+        parts(&joined, if many { (total / 8).next_multiple_of(PAGE).clamp(PAGE, LOOK) } else { LOOK });
     let look = |(start, end): &(u64, u64)| {
         scan.contents(*start, *end).map_err(Error::kernel(pid, "finding its pages"))
     };
     // A thread is worth more than a small space takes.
-    let small = parts.iter().map(|(start, end)| end - start).sum::<u64>() < LOOK;
+    let small = total < LOOK && !many;
     let looks: Vec<_> = if small { parts.iter().map(look).collect() } else { workers::each_of(&parts, look) };
     for look in looks {
         let (pages, guards) = look?;
@@ -426,11 +432,11 @@ fn joined(vmas: &[Vma]) -> Vec<(u64, u64)> {
     all
 }
 
-/// Cuts long areas, so that several threads can look at them.
-fn parts(areas: &[(u64, u64)]) -> Runs {
+/// Cuts areas that are longer than `look`, so that several threads can look at them.
+fn parts(areas: &[(u64, u64)], look: u64) -> Runs {
     let mut all = Runs::new();
     let total: u64 = areas.iter().map(|(start, end)| end - start).sum();
-    let length = LOOK.max(total / 64).next_multiple_of(LOOK);
+    let length = look.max(total / 64).next_multiple_of(look);
     for &(start, end) in areas {
         let mut at = start;
         while at < end {

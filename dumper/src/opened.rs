@@ -1,6 +1,8 @@
 //! Which descriptors processes have, and what their links say: read once of a stopped tree, and asked often.
 
-use torpor_kernel::fds;
+use std::ops::Range;
+
+use torpor_kernel::fds::{self, Shown};
 use torpor_kernel::ids::Pid;
 
 use crate::error::{Error, Result};
@@ -17,21 +19,29 @@ pub(crate) struct Opened {
 impl Opened {
     /// Lists them. What a running process closes meanwhile is left out.
     pub(crate) fn read(pid: Pid) -> Result<Self> {
-        let all = fds::list(pid).map_err(Error::looking(pid, "listing its descriptors"))?;
-        let mut fds = Vec::with_capacity(all.len());
-        for fd in all {
-            match fds::readlink(pid, fd) {
-                Ok(link) => fds.push((fd, link)),
-                Err(e) if e.is_gone() => {}
-                Err(e) => return Err(Error::kernel(pid, format!("reading fd {fd}"))(e)),
-            }
-        }
-        Ok(Opened { pid, fds })
+        Self::read_all(&[pid])?.pop().ok_or(Error::NoProcess(pid))
     }
 
     /// The same of many.
     pub(crate) fn read_all(pids: &[Pid]) -> Result<Vec<Self>> {
-        workers::each(pids, |pid| Self::read(*pid)).into_iter().collect()
+        let list = |pid: &Pid| {
+            let fail = || Error::looking(*pid, "listing its descriptors");
+            Ok((*pid, Shown::open(*pid).map_err(fail())?, fds::list(*pid).map_err(fail())?))
+        };
+        let tables = workers::each(pids, list).into_iter().collect::<Result<Vec<_>>>()?;
+        let of = |(pid, shown, all): &(Pid, Shown, Vec<i32>), range: Range<usize>| {
+            let mut fds = Vec::with_capacity(range.len());
+            for &fd in &all[range] {
+                match shown.readlink(fd) {
+                    Ok(link) => fds.push((fd, link)),
+                    Err(e) if e.is_gone() => {}
+                    Err(e) => return Err(Error::kernel(*pid, format!("reading fd {fd}"))(e)),
+                }
+            }
+            Ok(fds)
+        };
+        let fds = workers::parts(&tables, |(_, _, all)| all.len(), of)?;
+        Ok(tables.into_iter().zip(fds).map(|((pid, ..), fds)| Opened { pid, fds }).collect())
     }
 
     /// Inode numbers of its sockets.

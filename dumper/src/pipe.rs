@@ -44,6 +44,9 @@ pub(crate) fn collect(collector: &mut Collector, all: &[&Found], found: &Found) 
             }
         }
     }
+    if let Some(pipe) = collector.known_pipe(key) {
+        return Ok(Some(Kind::Pipe(PipeEnd { pipe })));
+    }
     let mut fifo: Option<InodeId> = None;
     if named {
         fifo = match collector.known_inode(key.0, key.1) {
@@ -116,6 +119,11 @@ fn contents(collector: &mut Collector, reader: &Found, capacity: i32) -> Result<
         Ok(ends)
     };
     let from = reader.get(collector)?;
+    let mut waiting = 0i32;
+    // SAFETY: FIONREAD fills an int. Every buffer of a pipe has bytes in it.
+    if unsafe { libc::ioctl(from.as_raw_fd(), libc::FIONREAD, &raw mut waiting) } == 0 && waiting == 0 {
+        return Ok((Bytes::default(), Vec::new()));
+    }
     // As many slots as the original: its buffers may each be filled only in part.
     let (copy, into) = new(capacity)?;
     // SAFETY: tee takes two descriptors and no memory.

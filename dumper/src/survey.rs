@@ -85,6 +85,8 @@ pub(crate) struct Maps {
     pub(crate) all: Vec<(Pid, Vec<Mapping>)>,
     /// How long it took to read them.
     pub(crate) took: std::time::Duration,
+    /// In which order descriptions were found.
+    pub(crate) order: description::Order,
 }
 
 /// How often a running tree is looked at before a refusal is believed: what is seen of processes that come and
@@ -147,18 +149,19 @@ fn look(
     collector.members = found.living.iter().map(|(pid, _)| pid.0).collect();
     let mut tables = Vec::new();
     let mut looks =
-        workers::each(&found.living, |(pid, _)| description::look(&Opened::read(living(*pid))?)).into_iter();
+        workers::each(&found.living, |(pid, _)| description::look(&[&Opened::read(living(*pid))?]))
+            .into_iter();
     found.living.retain(|&(pid, _)| {
         // Only the root must be there; another process may end at any moment.
         match looks.next().expect("one for each") {
-            Ok(table) => tables.push(Ok(table)),
+            Ok(table) => tables.push(Ok(table.into_iter().flatten().collect())),
             Err(e) if pid == root => tables.push(Err(e)),
             Err(_gone) if has_ended(pid) => return false,
             Err(e) => tables.push(Err(e)),
         }
         true
     });
-    let tables = tables.into_iter().collect::<Result<Vec<_>>>()?;
+    let tables = tables.into_iter().collect::<Result<Vec<Vec<description::Found>>>>()?;
     let links: Vec<Vec<Vec<u8>>> =
         tables.iter().map(|t| t.iter().map(|f| f.link.clone()).collect()).collect();
     let numbers: Vec<Vec<i32>> = tables.iter().map(|t| t.iter().map(|f| f.fd).collect()).collect();
@@ -189,7 +192,7 @@ fn look(
             Err(e) => return Err(e),
         };
         let descriptors = tables[i].descriptors.iter().map(|d| {
-            let at = numbers[i].iter().position(|fd| *fd == d.fd);
+            let at = numbers[i].binary_search(&d.fd);
             let link = at.map_or(&[][..], |at| &links[i][at]);
             Descriptor {
                 fd: d.fd,
@@ -212,9 +215,9 @@ fn look(
     sysv::collect(&mut collector)?;
     mqueue::refuse_shared(&mut collector);
     let ipc = sysv::names(&collector);
-    let Collector { mut refusals, losses, .. } = collector;
+    let Collector { mut refusals, losses, order, .. } = collector;
     refusals.extend(vforks);
-    Ok((Survey { processes, zombies: found.zombies, ipc, refusals, losses }, Maps { all: maps, took }))
+    Ok((Survey { processes, zombies: found.zombies, ipc, refusals, losses }, Maps { all: maps, took, order }))
 }
 
 /// What is asked of a process besides its descriptors: the count of its areas, and its map.

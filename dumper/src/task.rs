@@ -1,15 +1,18 @@
 //! Putting a process together: what the frozen process is asked, from outside and from inside.
 
+use std::collections::HashMap;
+
 use torpor_image::extent::Extents;
 use torpor_image::inode::Source;
 use torpor_image::memory::{AddressSpace, MmFields};
 use torpor_image::task::{Shares, Task};
 use torpor_image::vma::Vma;
 use torpor_image::{Bytes, InodeId, Pid as ImagePid};
-use torpor_kernel::ids::{Pid, RemoteAddr};
+use torpor_kernel::ids::{Pid, RemoteAddr, Tid};
 use torpor_kernel::maps::Mapping;
 use torpor_kernel::memory::Memory;
 use torpor_kernel::stat::{self, Stat};
+use torpor_kernel::task_struct::Told;
 use torpor_kernel::timers::{self, PosixTimer};
 use torpor_kernel::{process, ptrace};
 use torpor_parasite::script::{Data, OpId, Outcome, Script, Value};
@@ -22,6 +25,7 @@ use crate::gadget::Gadgets;
 use crate::inject::{self, Before, Entry, Visit};
 use crate::restart::Restarts;
 use crate::snapshot::{self, Birth};
+use crate::thread::Answers;
 use crate::{areas, signal, sysv_sem, terminal, thread, timer};
 
 /// prctl(2) operations (linux/prctl.h).
@@ -149,6 +153,8 @@ pub(crate) struct Prepared {
     timers: timer::Asked,
     threads: Vec<thread::Asked>,
     scripts: Vec<Script>,
+    /// What is known of the threads without asking them; only the leader is asked then.
+    told: HashMap<Tid, Told>,
 }
 
 /// Reads the threads of a process, and writes what they will be asked.
@@ -161,16 +167,20 @@ pub(crate) fn prepare(
 ) -> Result<Prepared> {
     let (own_pid, pid) = (frozen.pid(), frozen.living());
     let memory = Memory::open(pid, true).map_err(Error::kernel(pid, "opening its memory"))?;
+    let mut sites = thread::Sites::default();
     let stopped = frozen
         .threads()
         .iter()
         .zip(threads)
-        .map(|(thread, outside)| thread::read(own_pid, thread.tid, outside, &memory, restarts))
+        .map(|(t, outside)| thread::read(own_pid, t.tid, outside, (&memory, &mut sites), restarts))
         .collect::<Result<Vec<_>>>()?;
+    let told = frozen.told().clone();
+    let shares = |tid: Tid| told.get(&tid).map(|t| t.common);
+    let leader = shares(stopped[0].before.tid);
     for thread in &stopped {
-        thread::refuse(collector, thread);
+        let tid = thread.before.tid;
+        thread::refuse(collector, thread, leader.is_some() && shares(tid) == leader);
         if thread.lost_call {
-            let tid = thread.before.tid;
             collector.lose(format!("thread {tid}: which call a signal interrupts; it fails with EINTR"));
         }
     }
@@ -181,10 +191,10 @@ pub(crate) fn prepare(
     let timers = timer::ask(&mut leader, &outside.posix);
     let mut threads = vec![thread::ask(&mut leader)];
     let mut scripts = vec![leader];
-    for _ in &stopped[1..] {
-        let mut script = Script::new();
-        threads.push(thread::ask(&mut script));
-        scripts.push(script);
+    if told.is_empty() {
+        let (others, theirs): (Vec<_>, Vec<_>) = stopped[1..].iter().map(|_| asking()).unzip();
+        threads.extend(others);
+        scripts.extend(theirs);
     }
     let taken = stopped
         .iter()
@@ -202,7 +212,14 @@ pub(crate) fn prepare(
         timers,
         threads,
         scripts,
+        told,
     })
+}
+
+/// A script that asks a thread, and what it asks.
+fn asking() -> (thread::Asked, Script) {
+    let mut script = Script::new();
+    (thread::ask(&mut script), script)
 }
 
 impl Prepared {
@@ -212,7 +229,7 @@ impl Prepared {
         frozen: &'a mut Frozen,
         gadgets: Gadgets,
         maps: &'a [Mapping],
-        other: Option<&'a Script>,
+        other: Option<&'a [Script]>,
         birth: Option<&'a Birth>,
     ) -> Visit<'a> {
         Visit {
@@ -220,7 +237,7 @@ impl Prepared {
             memory: &self.memory,
             threads: &self.before,
             entry: Entry { maps, gadgets, taken_signals: self.taken, own_tgid: self.own_tgid },
-            scripts: other.map_or(&self.scripts, std::slice::from_ref),
+            scripts: other.unwrap_or(&self.scripts),
             lends: None,
             birth,
         }
@@ -253,11 +270,13 @@ pub(crate) fn assemble(
 ) -> Result<Task> {
     let (own_pid, pid) = (frozen.pid(), frozen.living());
     sysv_sem::adjustments(collector, own_pid, |script| {
+        let script = std::slice::from_ref(script);
         let visit = prepared.visit(frozen, gadgets, &outside.maps, Some(script), None);
         let answers = inject::prepare(vec![visit])?.run()?;
         Ok(answers.into_iter().flatten().next().unwrap_or_default())
     })?;
-    let Prepared { stopped, asked, signals, timers, threads, .. } = prepared;
+    let answers = answers(&prepared, frozen, gadgets, &outside.maps, outcomes)?;
+    let Prepared { stopped, asked, signals, timers, .. } = prepared;
     let Outside { stat, living, posix, .. } = outside;
     let first = &outcomes[0];
     // Read after the timers: a signal that a timer sends in between is kept twice rather than lost.
@@ -271,9 +290,8 @@ pub(crate) fn assemble(
     let stopped_by_job_control = frozen.stopped();
     let threads = stopped
         .into_iter()
-        .zip(threads)
-        .zip(outcomes)
-        .map(|((stopped, asked), outcome)| thread::assemble(pid, stopped, asked, outcome))
+        .zip(answers)
+        .map(|(stopped, answers)| thread::assemble(pid, stopped, answers, !posix.is_empty()))
         .collect::<Result<Vec<_>>>()?;
     let policy = first.result(asked.machine_checks);
     if policy >= 0 && policy != PR_MCE_KILL_DEFAULT {
@@ -336,6 +354,31 @@ pub(crate) fn assemble(
         terminal: terminal::controlling(collector, &living)?,
     };
     Ok(task)
+}
+
+/// What all threads of a process answer. Those that were not asked are, if what is known of the leader is not what it
+/// says itself.
+fn answers(
+    prepared: &Prepared,
+    frozen: &mut Frozen,
+    gadgets: Gadgets,
+    maps: &[Mapping],
+    outcomes: &[Outcome],
+) -> Result<Vec<Answers>> {
+    let Prepared { stopped, threads, told, .. } = prepared;
+    let asked = |threads: &[thread::Asked], outcomes: &[Outcome]| -> Vec<Answers> {
+        threads.iter().zip(outcomes).map(|(asked, outcome)| thread::answered(*asked, outcome)).collect()
+    };
+    let own = asked(threads, outcomes);
+    let known: Vec<Answers> =
+        stopped.iter().filter_map(|s| told.get(&s.before.tid)).map(|t| Answers::from(*t)).collect();
+    if own.len() == stopped.len() || known.first() == own.first() {
+        return Ok(if own.len() == stopped.len() { own } else { known });
+    }
+    let (threads, scripts): (Vec<_>, Vec<_>) = stopped.iter().map(|_| asking()).unzip();
+    let visit = prepared.visit(frozen, gadgets, maps, Some(&scripts), None);
+    let outcomes: Vec<Outcome> = inject::prepare(vec![visit])?.run()?.into_iter().flatten().collect();
+    Ok(asked(&threads, &outcomes))
 }
 
 /// The program file, which /proc/PID/exe and `prctl(PR_SET_MM_EXE_FILE)` are about.

@@ -1,5 +1,8 @@
 //! Threads: what ptrace and /proc tell from outside, and the few calls only the thread itself can make.
 
+mod unasked;
+
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use torpor_image::scheduling::Scheduling;
@@ -9,6 +12,7 @@ use torpor_image::{Bytes, Pid as ImagePid};
 use torpor_kernel::fds::{self, KcmpType};
 use torpor_kernel::ids::{Pid, RemoteAddr, Tid};
 use torpor_kernel::memory::Memory;
+use torpor_kernel::task_struct::Told;
 use torpor_kernel::{process, ptrace, status};
 use torpor_parasite::call;
 use torpor_parasite::script::{Data, Outcome, Script, Value};
@@ -19,6 +23,8 @@ use crate::freeze;
 use crate::inject::Before;
 use crate::restart::Restarts;
 use crate::{credentials, scheduling};
+
+pub(crate) use unasked::Unasked;
 
 /// prctl(2) operations (linux/prctl.h).
 const PR_GET_PDEATHSIG: u64 = 2;
@@ -46,6 +52,30 @@ pub(crate) fn look(pid: Pid, tid: Tid) -> Result<Outside> {
     })
 }
 
+/// The same of a thread of which something is known already, beside the leader: as a rule it has most in common with that.
+pub(crate) fn look_beside(
+    (pid, tid): (Pid, Tid),
+    told: Option<&Told>,
+    (leader, its): (&Outside, Option<&Told>),
+) -> Result<Outside> {
+    let (Some(told), Some(its)) = (told, its) else { return look(pid, tid) };
+    if told.common != its.common {
+        return look(pid, tid);
+    }
+    let fail = |what: &str| Error::kernel(pid, format!("reading {what} of thread {tid}"));
+    let end = told.name.iter().position(|b| *b == 0).unwrap_or(told.name.len());
+    let mut status = leader.status.clone();
+    (status.pid, status.sig_pending) = (tid.0, told.pending);
+    status.ns_pid = vec![told.own_tid];
+    status.name = told.name[..end].to_vec();
+    Ok(Outside {
+        status,
+        name: told.name[..end].to_vec().into(),
+        robust_list: process::robust_list(tid).map_err(fail("the robust list"))?,
+        scheduling: scheduling::collect(tid).map_err(fail("the scheduling"))?,
+    })
+}
+
 /// A stopped thread with everything that is known without entering it.
 #[derive(Clone, Debug)]
 pub(crate) struct Stopped {
@@ -56,6 +86,9 @@ pub(crate) struct Stopped {
     pub(crate) lost_call: bool,
 }
 
+/// The code before addresses that threads of a process stand at: many stand at the same.
+pub(crate) type Sites = HashMap<u64, [u8; arch::Registers::CALL_SITE]>;
+
 /// Reads a stopped thread.
 ///
 /// A thread stopped inside an rseq critical section is moved to the section's abort handler here, as the
@@ -65,7 +98,7 @@ pub(crate) fn read(
     pid: Pid,
     tid: Tid,
     outside: Outside,
-    memory: &Memory,
+    (memory, sites): (&Memory, &mut Sites),
     restarts: &Restarts,
 ) -> Result<Stopped> {
     let status = &outside.status;
@@ -90,12 +123,15 @@ pub(crate) fn read(
     {
         registers = retried;
     }
-    let mut site = [0u8; arch::Registers::CALL_SITE];
-    let before = registers.ip().wrapping_sub(site.len() as u64);
-    let elsewhere = match memory.read_exact_at(RemoteAddr(before), &mut site) {
-        Ok(()) => registers.resolved(&site),
-        Err(_unreadable) => registers.resolved(&[0; arch::Registers::CALL_SITE]),
-    };
+    let site = sites.entry(registers.ip()).or_insert_with(|| {
+        let mut site = [0u8; arch::Registers::CALL_SITE];
+        let before = registers.ip().wrapping_sub(site.len() as u64);
+        match memory.read_exact_at(RemoteAddr(before), &mut site) {
+            Ok(()) => site,
+            Err(_unreadable) => [0; arch::Registers::CALL_SITE],
+        }
+    });
+    let elsewhere = registers.resolved(site);
     let elsewhere =
         elsewhere.or_else(|| restarts.of(tid, &registers).map(|nr| registers.with_restarted_call(nr)));
     let own_tid = status.ns_pid.last().copied().unwrap_or(tid.0);
@@ -144,7 +180,7 @@ pub(crate) fn survey(collector: &mut Collector, pid: Pid) {
         if status.state == 'D' {
             asleep.push((tid, runs(pid, tid)));
         }
-        told(collector, tid, &status);
+        told(collector, tid, &status, false);
         if tid.0 == leader.0 || !several {
             continue;
         }
@@ -195,7 +231,7 @@ fn runs(pid: Pid, tid: Tid) -> Option<u64> {
 }
 
 /// Refuses what is told of a thread that runs, and of one that stands.
-fn told(collector: &mut Collector, tid: Tid, status: &status::Status) {
+fn told(collector: &mut Collector, tid: Tid, status: &status::Status, shares: bool) {
     let leader = collector.pid;
     let mut refuse = |what: &str, why: &str, remedy: &str| {
         collector.refuse(format!("{what} of thread {tid}"), why, remedy);
@@ -207,6 +243,9 @@ fn told(collector: &mut Collector, tid: Tid, status: &status::Status) {
     if status.x86_thread_features.split(|b| *b == b' ').any(|f| f == b"shstk") {
         refuse("the shadow stack", "it cannot be dumped yet", "start the program without it");
     }
+    if shares {
+        return;
+    }
     for (kind, what) in [(KcmpType::Files, "the descriptor table"), (KcmpType::Fs, "the working directory")] {
         let own = |order| order != std::cmp::Ordering::Equal;
         if tid.0 != leader.0 && fds::kcmp(leader, Pid(tid.0), kind, 0, 0).is_ok_and(own) {
@@ -215,10 +254,11 @@ fn told(collector: &mut Collector, tid: Tid, status: &status::Status) {
     }
 }
 
-/// Refuses threads in which the executor could not run, or not without harm, before any is entered.
-pub(crate) fn refuse(collector: &mut Collector, stopped: &Stopped) {
+/// Refuses threads in which the executor could not run, or not without harm, before any is entered. `shares` tells that
+/// a thread is known to have the descriptors and directories of the leader.
+pub(crate) fn refuse(collector: &mut Collector, stopped: &Stopped, shares: bool) {
     let tid = stopped.before.tid;
-    told(collector, tid, &stopped.outside.status);
+    told(collector, tid, &stopped.outside.status, shares);
     if ptrace::syscall_user_dispatch(tid).ok().flatten().is_some_and(|d| d.on) {
         let object = format!("syscall user dispatch of thread {tid}");
         collector.refuse(object, "it cannot be dumped yet", "turn it off before the dump");
@@ -266,11 +306,44 @@ pub(crate) fn ask(script: &mut Script) -> Asked {
     }
 }
 
-/// Puts a thread together.
-pub(crate) fn assemble(pid: Pid, stopped: Stopped, asked: Asked, outcome: &Outcome) -> Result<Thread> {
+/// What a thread answered, by the calls that ask for it.
+pub(crate) fn answered(asked: Asked, outcome: &Outcome) -> Answers {
+    let altstack = outcome.bytes(asked.altstack);
+    Answers {
+        altstack: (
+            u64::from_ne_bytes(altstack[..8].try_into().expect("eight bytes")),
+            i32::from_ne_bytes(altstack[8..12].try_into().expect("four bytes")),
+            u64::from_ne_bytes(altstack[16..24].try_into().expect("eight bytes")),
+        ),
+        clear_child_tid: outcome.u64(asked.clear_child_tid),
+        parent_death_signal: outcome.u32(asked.parent_death_signal) as i32,
+        securebits: outcome.result(asked.securebits) as u32,
+        timer_slack: outcome.result(asked.timer_slack) as u64,
+    }
+}
+
+/// What only the thread itself can tell, or the kernel's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Answers {
+    altstack: (u64, i32, u64),
+    clear_child_tid: u64,
+    parent_death_signal: i32,
+    securebits: u32,
+    timer_slack: u64,
+}
+
+impl From<Told> for Answers {
+    fn from(told: Told) -> Self {
+        let Told { altstack, clear_child_tid, parent_death_signal, securebits, timer_slack, .. } = told;
+        Answers { altstack, clear_child_tid, parent_death_signal, securebits, timer_slack }
+    }
+}
+
+/// Puts a thread together. `timers` tells that its process has some, which may have sent it a signal since.
+pub(crate) fn assemble(pid: Pid, stopped: Stopped, answers: Answers, timers: bool) -> Result<Thread> {
     let tid = stopped.before.tid;
     let fail = |what: &str| Error::kernel(pid, format!("reading {what} of thread {tid}"));
-    let altstack = outcome.bytes(asked.altstack);
+    let (base, flags, size) = answers.altstack;
     Ok(Thread {
         tid: ImagePid(tid.0),
         name: stopped.outside.name,
@@ -278,21 +351,17 @@ pub(crate) fn assemble(pid: Pid, stopped: Stopped, asked: Asked, outcome: &Outco
         xstate: stopped.before.xstate.into(),
         signals: ThreadSignals {
             mask: stopped.before.mask,
-            pending: infos(ptrace::pending(tid, false).map_err(fail("pending signals"))?),
-            altstack: AltStack {
-                base: u64::from_ne_bytes(altstack[..8].try_into().expect("eight bytes")),
-                flags: i32::from_ne_bytes(altstack[8..12].try_into().expect("four bytes")),
-                size: u64::from_ne_bytes(altstack[16..24].try_into().expect("eight bytes")),
+            pending: match stopped.outside.status.sig_pending {
+                0 if !timers => Vec::new(),
+                _ => infos(ptrace::pending(tid, false).map_err(fail("pending signals"))?),
             },
+            altstack: AltStack { base, flags, size },
         },
         rseq: stopped.rseq,
         robust_list: stopped.outside.robust_list,
-        clear_child_tid: outcome.u64(asked.clear_child_tid),
-        parent_death_signal: outcome.u32(asked.parent_death_signal) as i32,
-        scheduling: Scheduling {
-            timer_slack: outcome.result(asked.timer_slack) as u64,
-            ..stopped.outside.scheduling
-        },
-        credentials: credentials::collect(&stopped.outside.status, outcome.result(asked.securebits) as u32),
+        clear_child_tid: answers.clear_child_tid,
+        parent_death_signal: answers.parent_death_signal,
+        scheduling: Scheduling { timer_slack: answers.timer_slack, ..stopped.outside.scheduling },
+        credentials: credentials::collect(&stopped.outside.status, answers.securebits),
     })
 }

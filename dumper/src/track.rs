@@ -266,7 +266,13 @@ impl Way {
         let (own_pid, pid) = (process.pid(), process.living());
         let memory = Memory::open(pid, true).map_err(Error::kernel(pid, "opening its memory"))?;
         let tid = process.threads().first().map_or(Tid(pid.0), |t| t.tid);
-        let leader = thread::read(own_pid, tid, thread::look(own_pid, tid)?, &memory, restarts)?;
+        let leader = thread::read(
+            own_pid,
+            tid,
+            thread::look(own_pid, tid)?,
+            (&memory, &mut thread::Sites::default()),
+            restarts,
+        )?;
         let mut taken = 0;
         for thread in process.threads() {
             let status = torpor_kernel::status::of_task(own_pid, thread.tid)

@@ -5,15 +5,64 @@
 //! sent over a socket; it wants ptrace access, and what is done through it the other process sees.
 
 use std::cmp::Ordering;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ffi::CString;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::stat::{FileStat, Mode};
 
 use crate::error::check;
-use crate::text::{list_numbers, readlink as read_link};
+use crate::fdinfo::FdInfo;
+use crate::text::{list_numbers, readlink as read_link, readlink_at};
 use crate::{Error, Pid, Result};
+
+/// The directories of /proc that show a table of descriptors: for looking at many, each way from the root costs as much
+/// as the look itself.
+#[derive(Debug)]
+pub struct Shown {
+    pid: Pid,
+    links: OwnedFd,
+    infos: OwnedFd,
+}
+
+impl Shown {
+    /// Opens them.
+    pub fn open(pid: Pid) -> Result<Self> {
+        let dir = |name: &str| {
+            let path = format!("/proc/{pid}/{name}");
+            let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+            nix::fcntl::open(path.as_str(), flags, Mode::empty())
+                .map_err(|errno| Error::syscall("open", path, errno))
+        };
+        Ok(Shown { pid, links: dir("fd")?, infos: dir("fdinfo")? })
+    }
+
+    /// See [`readlink`].
+    pub fn readlink(&self, fd: i32) -> Result<Vec<u8>> {
+        readlink_at(self.links.as_fd(), &name(fd))
+            .map_err(|error| Error::io("readlink", format!("/proc/{}/fd/{fd}", self.pid), &error))
+    }
+
+    /// See [`stat`].
+    pub fn stat(&self, fd: i32) -> Result<FileStat> {
+        nix::sys::stat::fstatat(&self.links, name(fd).as_c_str(), AtFlags::empty())
+            .map_err(|errno| Error::syscall("fstatat", format!("/proc/{}/fd/{fd}", self.pid), errno))
+    }
+
+    /// See [`crate::fdinfo::fdinfo`].
+    pub fn fdinfo(&self, fd: i32) -> Result<FdInfo> {
+        let path = || format!("/proc/{}/fdinfo/{fd}", self.pid);
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let file = nix::fcntl::openat(&self.infos, name(fd).as_c_str(), flags, Mode::empty())
+            .map_err(|errno| Error::syscall("open", path(), errno))?;
+        crate::text::with_open(file.into(), &path(), crate::fdinfo::parse)?
+    }
+}
+
+fn name(fd: i32) -> CString {
+    CString::new(fd.to_string()).unwrap_or_default()
+}
 
 /// The open descriptors, in order.
 pub fn list(pid: Pid) -> Result<Vec<i32>> {

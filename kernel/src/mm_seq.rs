@@ -19,6 +19,7 @@ const PATHS: [&str; 2] = ["mm_lock_seq.sequence", "mm_lock_seq"];
 pub struct Look {
     kernel: Structures,
     offset: u64,
+    areas: u64,
 }
 
 /// An address space at a moment. Equal to another one only if nothing has changed in between.
@@ -26,6 +27,8 @@ pub struct Look {
 pub struct State {
     mm: u64,
     count: u32,
+    /// How many areas there are (`map_count`).
+    areas: u32,
 }
 
 impl Look {
@@ -37,14 +40,16 @@ impl Look {
             file: "/sys/kernel/btf/vmlinux".into(),
             what: "there is no mm_struct.mm_lock_seq".into(),
         })?;
-        Ok(Look { kernel, offset })
+        let areas = kernel.offset("mm_struct", "map_count")?;
+        Ok(Look { kernel, offset, areas })
     }
 
     /// The address space behind an open /proc/PID/mem.
     pub fn state(&self, mem: BorrowedFd<'_>) -> Result<State> {
         // fs/proc/base.c, `__mem_open`
         let mm = self.kernel.private_data(self.kernel.file(mem)?)?;
-        Ok(State { mm, count: self.kernel.pointer(mm + self.offset)? as u32 })
+        let number = |at: u64| Ok::<_, Error>(self.kernel.pointer(mm + at)? as u32);
+        Ok(State { mm, count: number(self.offset)?, areas: number(self.areas)? })
     }
 }
 

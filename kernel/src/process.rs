@@ -20,8 +20,13 @@ pub fn tasks(pid: Pid) -> Result<Vec<Tid>> {
 ///
 /// Only complete while the process is frozen (proc_pid_children(5)). Threads that end meanwhile are skipped.
 pub fn children(pid: Pid) -> Result<Vec<Pid>> {
+    children_of(pid, tasks(pid)?)
+}
+
+/// The children of some of its threads.
+pub fn children_of(pid: Pid, threads: impl IntoIterator<Item = Tid>) -> Result<Vec<Pid>> {
     let mut all = Vec::new();
-    for tid in tasks(pid)? {
+    for tid in threads {
         let path = format!("/proc/{pid}/task/{tid}/children");
         let text = match read(&path) {
             Err(error) if error.is_gone() && tid != pid.leader() => continue,

@@ -199,10 +199,17 @@ pub fn set_xstate(tid: Tid, state: &[u8]) -> Result<()> {
 
 /// Any register set by its note number (include/uapi/linux/elf.h).
 pub fn regset(tid: Tid, note: u32) -> Result<Vec<u8>> {
+    // Most are small, and there may be thousands of threads; what does not fit is cut off.
+    const USUAL: usize = 4 * 1024;
     const LARGEST: usize = 64 * 1024;
-    let mut bytes = vec![0; LARGEST];
-    let got = get_regset(tid, note, bytes.as_mut_ptr(), LARGEST)?;
+    let mut bytes = vec![0; USUAL];
+    let mut got = get_regset(tid, note, bytes.as_mut_ptr(), USUAL)?;
+    if got == USUAL {
+        bytes.resize(LARGEST, 0);
+        got = get_regset(tid, note, bytes.as_mut_ptr(), LARGEST)?;
+    }
     bytes.truncate(got);
+    bytes.shrink_to_fit();
     Ok(bytes)
 }
 

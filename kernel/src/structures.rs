@@ -89,6 +89,16 @@ impl Structures {
         Ok(Object { structures: self, name, address, bytes })
     }
 
+    /// Reads `bytes.len()` bytes.
+    pub(crate) fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
+        self.memory.read(address, bytes)
+    }
+
+    /// The `struct task_struct` of the thread that calls.
+    pub(crate) fn current(&self) -> Result<u64> {
+        self.memory.current()
+    }
+
     pub(crate) fn pointer(&self, address: u64) -> Result<u64> {
         let mut bytes = [0; 8];
         self.memory.read(address, &mut bytes)?;

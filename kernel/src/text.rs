@@ -5,9 +5,10 @@
 //! larger), so reading goes on until a read returns 0, never until a short read.
 
 use std::cell::RefCell;
-use std::ffi::OsString;
+use std::ffi::{CStr, OsString};
 use std::fs::File;
 use std::io::{ErrorKind, Read};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStringExt;
 
 use crate::{Error, Result};
@@ -36,8 +37,17 @@ pub(crate) fn with<T>(path: &str, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
     take(path, false, look)
 }
 
+/// The same of a file that is open.
+pub(crate) fn with_open<T>(file: File, path: &str, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
+    take_open(file, path, false, look)
+}
+
 fn take<T>(path: &str, record: bool, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
-    let mut file = File::open(path).map_err(|error| Error::io("open", path, &error))?;
+    let file = File::open(path).map_err(|error| Error::io("open", path, &error))?;
+    take_open(file, path, record, look)
+}
+
+fn take_open<T>(mut file: File, path: &str, record: bool, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
     TEXT.with_borrow_mut(|text| {
         let mut length = 0;
         loop {
@@ -68,6 +78,16 @@ fn take<T>(path: &str, record: bool, look: impl FnOnce(&[u8]) -> T) -> Result<T>
 pub(crate) fn readlink(path: &str) -> Result<Vec<u8>> {
     let target = std::fs::read_link(path).map_err(|error| Error::io("readlink", path, &error))?;
     Ok(OsString::from(target).into_vec())
+}
+
+/// The same of a link in a directory that is open; `name` has no more than `PATH_MAX` bytes behind it.
+pub(crate) fn readlink_at(dir: BorrowedFd<'_>, name: &CStr) -> std::io::Result<Vec<u8>> {
+    TEXT.with_borrow_mut(|text| {
+        // SAFETY: a name that ends, and a buffer of this length.
+        let got =
+            unsafe { libc::readlinkat(dir.as_raw_fd(), name.as_ptr(), text.as_mut_ptr().cast(), text.len()) };
+        usize::try_from(got).map(|got| text[..got].to_vec()).map_err(|_| std::io::Error::last_os_error())
+    })
 }
 
 /// Names of a directory's entries.

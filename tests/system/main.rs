@@ -18,6 +18,7 @@ mod refusals;
 mod snapshot;
 mod state;
 mod terminal;
+mod threads;
 mod track;
 mod tree;
 mod unix;
@@ -36,6 +37,7 @@ fn main() {
     trials.extend(terminal::trials());
     trials.extend(connections::trials());
     trials.extend(track::trials());
+    trials.extend(threads::trials());
     trials.extend(tree::trials());
     trials.extend(unix::trials());
     trials.extend(refusals::trials());

@@ -91,6 +91,11 @@ impl<'a> Infected<'a> {
         let mut at = 64u64;
         let mut seats = Vec::with_capacity(threads.len());
         for (i, thread) in threads.iter().enumerate() {
+            // A thread that is not entered needs nothing.
+            if i > 0 && scripts.get(i).is_none_or(Script::is_empty) {
+                seats.push(Seat::default());
+                continue;
+            }
             let context = at;
             let stack_top = (context + size_of::<Context>() as u64 + STACK).next_multiple_of(64);
             let frame = stack_top;
@@ -229,6 +234,9 @@ impl<'a> Infected<'a> {
         self.memory.write_all_at(RemoteAddr(self.base), BLOB).map_err(self.kernel("writing the executor"))?;
         let mut arena = vec![0u8; self.arena_length as usize];
         for (i, (seat, thread)) in self.seats.iter().zip(self.threads).enumerate() {
+            if i > 0 && seat.script.is_none() {
+                continue;
+            }
             let (ops, count) = seat.script.map_or((0, 0), |(placed, count)| (placed.ops, count));
             let heal = Heal {
                 kind: if i == 0 { heal::LAST } else { heal::EARLY },
