@@ -8,6 +8,7 @@
 mod content;
 mod live;
 mod reader;
+mod settled;
 mod store;
 
 use std::fs::File;
@@ -150,11 +151,14 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
     let scan = PageScan::open(pid).map_err(Error::kernel(pid, "opening its pagemap"))?;
     let mut runs = Vec::new();
     let mut rest = Rest { parent: space.parent, ..Rest::default() };
-    let joined = joined(space.vmas);
-    let total: u64 = joined.iter().map(|(start, end)| end - start).sum();
+    let mut areas = joined(space.vmas);
+    if let Some(covered) = space.covered {
+        rest.known = settled::settled(&scan, space.vmas, covered);
+        areas = settled::unsettled(&areas, &rest.known);
+    }
+    let total: u64 = areas.iter().map(|(start, end)| end - start).sum();
     let many = space.vmas.len() >= MANY;
-    let parts =
-        parts(&joined, if many { (total / 8).next_multiple_of(PAGE).clamp(PAGE, LOOK) } else { LOOK });
+    let parts = parts(&areas, if many { (total / 8).next_multiple_of(PAGE).clamp(PAGE, LOOK) } else { LOOK });
     let look = |(start, end): &(u64, u64)| {
         scan.contents(*start, *end).map_err(Error::kernel(pid, "finding its pages"))
     };
@@ -173,8 +177,7 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
         }));
     }
     let mut runs = runs::tidy(runs);
-    if let Some(covered) = space.covered {
-        rest.known = runs::both(&runs, &unwritten(&scan, space.vmas, covered));
+    if space.covered.is_some() {
         runs = runs::without(&runs, &rest.known);
         for (start, end) in &runs {
             // Where that fails they count as written the next time.
@@ -185,19 +188,6 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
         (rest.inherited, runs) = shared_pages(pid, spaces[parent].pid, &runs)?;
     }
     Ok((runs.into_iter().map(|(start, end)| Run { space: number, start, end }).collect(), rest))
-}
-
-/// The part of what was copied before that was not written since.
-fn unwritten(scan: &PageScan, vmas: &[Vma], covered: &Covered) -> Runs {
-    let mut written = Runs::new();
-    for vma in vmas.iter().filter(|v| v.private()) {
-        match scan.written(vma.start, vma.end) {
-            Ok(Some(ranges)) => written.extend(ranges.into_iter().map(|r| (r.start, r.end))),
-            // Nobody has followed what was written there.
-            Ok(None) | Err(_) => written.push((vma.start, vma.end)),
-        }
-    }
-    runs::without(covered.runs(), &runs::tidy(written))
 }
 
 /// Splits `runs` of a process into those whose pages its parent has at the same address as well, and the

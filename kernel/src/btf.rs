@@ -3,6 +3,8 @@
 //! A header, then types one after the other, each of a length that follows from its kind, then names. Types refer to
 //! one another by number, counted from 1. Members without a name (anonymous structures and unions) are looked into.
 
+use std::sync::OnceLock;
+
 use crate::{Error, Result};
 
 const FILE: &str = "/sys/kernel/btf/vmlinux";
@@ -44,6 +46,8 @@ pub struct Btf {
     bytes: Vec<u8>,
     /// Of each type, where it begins; type N is at index N - 1.
     types: Vec<u32>,
+    /// The numbers of structures.
+    structures: Vec<u32>,
     names: usize,
 }
 
@@ -80,6 +84,18 @@ impl Type {
 }
 
 impl Btf {
+    /// Those of the running kernel, which take milliseconds to be read and stay.
+    pub fn shared() -> Result<&'static Self> {
+        static READ: OnceLock<Btf> = OnceLock::new();
+        match READ.get() {
+            Some(read) => Ok(read),
+            None => {
+                let read = Self::read()?;
+                Ok(READ.get_or_init(|| read))
+            }
+        }
+    }
+
     /// Reads those of the running kernel.
     pub fn read() -> Result<Self> {
         let bytes = std::fs::read(FILE).map_err(|e| Error::io("read", FILE, &e))?;
@@ -93,11 +109,14 @@ impl Btf {
         let header = word(&bytes, 4)? as usize;
         let (at, length) = (header + word(&bytes, 8)? as usize, word(&bytes, 12)? as usize);
         let names = header + word(&bytes, 16)? as usize;
-        let mut btf = Btf { bytes, types: Vec::new(), names };
+        let mut btf = Btf { bytes, types: Vec::new(), structures: Vec::new(), names };
         let (mut next, end) = (at, at + length);
         while next < end {
             btf.types.push(u32::try_from(next).ok()?);
             let found = btf.at(next)?;
+            if found.kind() == kind::STRUCT {
+                btf.structures.push(btf.types.len() as u32);
+            }
             next = found.more + found.length();
         }
         (next == end).then_some(btf)
@@ -120,8 +139,8 @@ impl Btf {
 
     /// The number of a structure, for [`Btf::member`].
     pub fn structure(&self, name: &str) -> Option<u32> {
-        let is = |t: Type| t.kind() == kind::STRUCT && self.is_called(t.name, name);
-        (1..=self.types.len() as u32).find(|id| self.get(*id).is_some_and(is))
+        let is = |t: Type| self.is_called(t.name, name);
+        self.structures.iter().copied().find(|id| self.get(*id).is_some_and(is))
     }
 
     /// Bytes of a structure.

@@ -156,6 +156,24 @@ impl PageScan {
         })
     }
 
+    /// The pages that are there, of the area's own, and were not written since then. `None` as above.
+    ///
+    /// Where a page of a private mapping of a file was protected and given up (madvise(2), MADV_DONTNEED), its protection
+    /// stays, and passes on to the page of the file that shows again (mm/memory.c, `zap_install_uffd_wp_if_needed`): neither
+    /// counts as written.
+    pub fn kept(&self, start: u64, end: u64) -> Result<Option<Vec<Range>>> {
+        self.walk_watched(abi::pm_scan_arg {
+            size: size_of::<abi::pm_scan_arg>() as u64,
+            flags: abi::PM_SCAN_CHECK_WPASYNC,
+            start,
+            end,
+            category_inverted: abi::PAGE_IS_WRITTEN | abi::PAGE_IS_FILE,
+            category_mask: abi::PAGE_IS_WRITTEN | abi::PAGE_IS_FILE | abi::PAGE_IS_PRESENT,
+            return_mask: abi::PAGE_IS_PRESENT,
+            ..abi::pm_scan_arg::default()
+        })
+    }
+
     fn walk_watched(&self, argument: abi::pm_scan_arg) -> Result<Option<Vec<Range>>> {
         if self.ability == Ability::File {
             return Ok(None);

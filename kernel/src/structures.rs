@@ -19,7 +19,7 @@ const FILES: [&str; 4] = ["file", "fdtable", "files_struct", "task_struct"];
 #[derive(Debug)]
 pub(crate) struct Structures {
     memory: KernelMemory,
-    btf: Btf,
+    btf: &'static Btf,
     numbers: HashMap<&'static str, u32>,
 }
 
@@ -68,7 +68,7 @@ impl Object<'_> {
 impl Structures {
     /// Loads what is needed. An error where the kernel does not let us, or does not describe itself.
     pub(crate) fn open(names: &[&'static str]) -> Result<Self> {
-        let (memory, btf) = (KernelMemory::open()?, Btf::read()?);
+        let (memory, btf) = (KernelMemory::open()?, Btf::shared()?);
         let numbers = names
             .iter()
             .chain(&FILES)

@@ -19,6 +19,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         Trial::test("track: nothing is left of a watch that ends", || Ok(traceless()?)),
         Trial::test("track: parents that are missing or altered are named", || Ok(lost_parent()?)),
         Trial::test("track: memory that may be written to unseen is copied whole", || Ok(pinned()?)),
+        Trial::test("track: pages that are given up are not what they were", || Ok(given_up()?)),
         Trial::test("track: a squashed image needs no other", || Ok(squashed()?)),
         Trial::test("track: dumps made every so often", || Ok(every()?)),
     ]
@@ -185,6 +186,20 @@ fn lost_parent() -> Outcome {
     rename(&aside, &first)?;
     restore(&mut victim, &second)?;
     victim.ticks(4)
+}
+
+fn given_up() -> Outcome {
+    let mut victim = Victim::start("given_up", &[])?;
+    let mut image = follow(&mut victim, None)?;
+    for _ in 0..3 {
+        // SAFETY: kill takes numbers; the process is a child of ours.
+        unsafe { libc::kill(victim.pid, libc::SIGUSR1) };
+        victim.ticks(3)?;
+        image = follow(&mut victim, Some(&image))?;
+    }
+    victim.kill();
+    restore(&mut victim, &image)?;
+    victim.ticks(3)
 }
 
 fn squashed() -> Outcome {
