@@ -20,7 +20,9 @@ use crate::{crew, lazy};
 
 const HUGE: u64 = 2 << 20;
 /// Memory that is made of huge pages by one call.
-const COLLAPSED: u64 = 64 << 20;
+const COLLAPSED: u64 = 512 << 20;
+/// Processes with less that could be of huge pages are as well off without: for each call all processors are waited for.
+const ENOUGH: u64 = 16 << 20;
 /// Below this a population call costs more than the faults it saves.
 const POPULATE: u64 = 64 << 10;
 /// Small pages that are made by one call and then read: they are in the processor's cache by then.
@@ -42,6 +44,7 @@ pub(crate) fn fill(
 ) {
     let image = planner.image;
     let mut work = Vec::new();
+    let collapses = collapses(image, task);
     if let Begin::With(parent, _) = begin {
         for vma in areas.iter().filter(|v| v.private() && begin.kept(v).is_some()) {
             change(script, planner, task, vma, &changes(image, task, parent, vma));
@@ -62,7 +65,7 @@ pub(crate) fn fill(
             }
             let offset = record.offset.wrapping_add(at - record.address);
             let part = Record { address: at, length: stop - at, offset, ..*record };
-            let huge = task.memory.thp_disabled == 0 && takes_huge_pages(vma);
+            let huge = collapses && takes_huge_pages(vma);
             match record.place {
                 // Anonymous memory is zero; a private mapping of a file is not.
                 Where::Zero if matches!(vma.mapping, Mapping::Private { .. }) => zero(script, planner, part),
@@ -169,7 +172,7 @@ fn parts(image: &Image, task: &Task, vma: &Vma) -> Vec<Record> {
 }
 
 fn change(script: &mut Script, planner: &mut Planner<'_>, task: &Task, vma: &Vma, changes: &[Change]) {
-    let huge = task.memory.thp_disabled == 0 && takes_huge_pages(vma);
+    let huge = collapses(planner.image, task) && takes_huge_pages(vma);
     let advise = |script: &mut Script, start: u64, end: u64, advice: i32| {
         let purpose = format!("memory {start:x}-{end:x} that its parent has");
         call!(script, purpose, libc::SYS_madvise, start, end - start, advice);
@@ -234,6 +237,12 @@ pub(crate) fn early(image: &Image, task: &Task, begin: Begin<'_>, children: &[&T
         }
     }
     all
+}
+
+/// Whether a task has enough memory for huge pages to be made of it.
+fn collapses(image: &Image, task: &Task) -> bool {
+    let whole = image.records(task.memory.pages).iter().filter(|r| r.place == Where::Data);
+    task.memory.thp_disabled == 0 && whole.map(|r| r.length / HUGE * HUGE).sum::<u64>() >= ENOUGH
 }
 
 fn takes_huge_pages(vma: &Vma) -> bool {
