@@ -182,10 +182,13 @@ pub(crate) fn capture<'s>(
 
     let begin = Instant::now();
     let watch = options.watch();
-    for (id, content) in std::mem::take(&mut collector.contents) {
-        let size = collector.objects.inodes[id.0 as usize].size;
-        let extents = memory::copy_inode(root, &content, size, &mut files[0], &mut writer, &watch)?;
-        collector.set_extents(id, extents);
+    let contents = std::mem::take(&mut collector.contents);
+    let inodes: Vec<_> =
+        contents.iter().map(|(id, content)| (&collector.objects.inodes[id.0 as usize], content)).collect();
+    let known = options.tracking.map(Tracking::known);
+    let copied = memory::copy_inodes(root, &inodes, known, &mut files, &watch)?;
+    for ((id, _), records) in contents.iter().zip(copied) {
+        collector.set_extents(*id, writer.add_records(&records));
     }
     Ok(Captured {
         root,
@@ -382,7 +385,8 @@ impl Captured<'_> {
         let mut records =
             self.pages.finish(self.root, self.stage, &mut self.files, &watch, &covered, behind)?;
         if !self.snapshots.is_empty() {
-            let more = read_snapshots(self.root, &self.snapshots, (&self.tasks, behind), &mut self.files, &watch)?;
+            let more =
+                read_snapshots(self.root, &self.snapshots, (&self.tasks, behind), &mut self.files, &watch)?;
             // What they hold is given back while the rest is written; they are waited for at the end.
             self.snapshots.iter_mut().flatten().for_each(Snapshot::kill);
             for (records, more) in records.iter_mut().zip(more) {

@@ -7,6 +7,7 @@
 
 mod behind;
 mod content;
+mod known;
 mod live;
 mod reader;
 mod settled;
@@ -27,7 +28,8 @@ use crate::track::runs::{self, Covered, Runs};
 use crate::workers;
 
 pub(crate) use self::behind::Behind;
-pub(crate) use self::content::copy_inode;
+pub(crate) use self::content::copy_inodes;
+pub(crate) use self::known::Known;
 pub(crate) use self::live::{Wanted, copy_live};
 use self::reader::Reader;
 pub(crate) use self::store::slice;
@@ -321,9 +323,7 @@ impl Copied {
     ) -> Result<Vec<Vec<Record>>> {
         let own = match (self.pages, stage) {
             (Pages::Written(records), _) => records,
-            (Pages::Staged(runs), Some(stage)) => {
-                write_staged(behind, &runs, stage, files, root, watch)?
-            }
+            (Pages::Staged(runs), Some(stage)) => write_staged(behind, &runs, stage, files, root, watch)?,
             (Pages::Staged(_), None) => {
                 return Err(Error::Inconsistent { pid: root, what: "the stage is gone".into() });
             }

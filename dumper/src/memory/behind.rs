@@ -128,10 +128,8 @@ impl Behind {
             let file = u64::from(inode.0);
             files.contains_key(&file).then_some(Area { start: v.start, end: v.end, file, offset })
         };
-        let of = |vmas: &Vec<Vma>| Behind {
-            areas: vmas.iter().filter_map(area).collect(),
-            files: files.clone(),
-        };
+        let of =
+            |vmas: &Vec<Vma>| Behind { areas: vmas.iter().filter_map(area).collect(), files: files.clone() };
         spaces.iter().map(of).collect()
     }
 

@@ -25,7 +25,11 @@ pub(crate) fn copy_live(
     watch: &Watch<'_>,
 ) -> Result<Vec<Vec<Record>>> {
     let of = |(space, wanted): (usize, &Wanted)| {
-        wanted.runs.iter().map(move |(start, end)| Run { space, start: *start, end: *end }).collect::<Vec<_>>()
+        wanted
+            .runs
+            .iter()
+            .map(move |(start, end)| Run { space, start: *start, end: *end })
+            .collect::<Vec<_>>()
     };
     let runs: Vec<Run> = wanted.iter().enumerate().flat_map(of).collect();
     let bytes: u64 = runs.iter().map(|r| r.end - r.start).sum();
