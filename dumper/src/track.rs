@@ -230,6 +230,7 @@ impl Tracking {
     /// A complete image has everything that was written until now.
     pub fn based_on(&mut self, id: &str) {
         self.covered.clear();
+        self.known = Known::default();
         self.base = Some(id.to_owned());
     }
 

@@ -1,6 +1,6 @@
 /* Pages of its own in private mappings of files, most of which hold what the file has: of its program's data and code, as a program that
  * patches itself leaves them, and of a file of data. A child shares most of them copy-on-write. DIR/where tells where they are.
- * argv[3]: MiB of other memory. When there is DIR/overwrite it writes all over the file of data, and its pages must not show that. */
+ * argv[3]: MiB of other memory. When there is DIR/back it makes its page of the table what it was. When there is DIR/overwrite it writes all over the file of data, and its pages must not show that. */
 #include "family.h"
 #include <sys/wait.h>
 #define PAGE 4096ul
@@ -15,14 +15,14 @@ __asm__(".pushsection .data\n.balign 4096\n.globl table\ntable:\n.set i, 0\n.rep
 extern volatile uint64_t table[], code[];
 static volatile uint64_t *data, *tail;
 static size_t tail_size;
-static int overwritten;
+static int overwritten, back;
 /* What word I of page P was made: the page differs in its last word, is zero, or is as in the file. */
 static uint64_t word(uint64_t base, size_t p, size_t i, size_t differs, size_t zero) {
     if (p == zero) return 0;
     return base + p * 512 + i + (p == differs && i == 511 ? 0x100000 : 0);
 }
 static void check(int child) {
-    for (size_t p = 0; p < DATA; p++) for (size_t i = 0; i < 512; i++) SAME(table[p * 512 + i], word(TABLE, p, i, child ? 3 : 17, 30));
+    for (size_t p = 0; p < DATA; p++) for (size_t i = 0; i < 512; i++) SAME(table[p * 512 + i], word(TABLE, p, i, child ? 3 : back ? (size_t)-1 : 17, 30));
     for (size_t p = 0; p < TEXT; p++) for (size_t i = 0; i < 512; i++) SAME(code[p * 512 + i], word(CODE, p, i, 5, -1));
     /* Its second half was never written to: it shows the file. */
     for (size_t p = 0; p < FILE_; p++) for (size_t i = 0; i < 512; i++) SAME(data[p * 512 + i], word(TABLE, p, i, -1, -1) + (overwritten && p >= FILE_ / 2 ? 1 : 0));
@@ -66,6 +66,7 @@ int main(int argc, char **argv) {
     fprintf(f, "%lx %lx %lx %lx %d\n", (long)table, (long)code, (long)data, (long)tail, child); CHECK(!fclose(f));
     for (;;) {
         if (!overwritten && !access(in_dir("overwrite"), F_OK)) { family->word[1] = 1; tick_all(); overwrite(); overwritten = 1; family->word[0] = 1; }
+        if (!back && !access(in_dir("back"), F_OK)) { table[17 * 512 + 511] -= 0x100000; back = 1; }
         check(0); tick_all(); nap(5);
     }
 }

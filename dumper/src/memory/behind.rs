@@ -163,7 +163,8 @@ impl Behind {
             let same = |o: &&Area| {
                 (o.file, o.offset.wrapping_sub(o.start)) == (area.file, area.offset.wrapping_sub(area.start))
             };
-            let there: Runs = other.areas.iter().filter(same).map(|o| (o.start, o.end)).collect();
+            let there: Runs =
+                other.within(area.start, area.end).filter(same).map(|o| (o.start, o.end)).collect();
             all.extend(runs::without(&[(area.start, area.end)], &there));
         }
         all
@@ -223,5 +224,30 @@ impl Behind {
             Ok(()) => into.resize(length.next_multiple_of(PAGE) as usize, 0),
             Err(_) => into.clear(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn code_from_the_same_place() {
+        let area = |start: u64, end: u64, file, offset: u64| Area {
+            start: start * PAGE,
+            end: end * PAGE,
+            file,
+            offset: offset * PAGE,
+        };
+        let of = |areas: &[Area]| Behind { areas: areas.to_vec(), ..Behind::default() };
+        let own = of(&[area(10, 20, 1, 0), area(20, 30, 1, 10), area(40, 50, 2, 7)]);
+        let runs =
+            |other: &Behind| own.apart(other).iter().map(|(a, b)| (a / PAGE, b / PAGE)).collect::<Vec<_>>();
+        assert_eq!(runs(&own), []);
+        // Split in another way, and without the end.
+        assert_eq!(runs(&of(&[area(10, 25, 1, 0), area(40, 50, 2, 7)])), [(25, 30)]);
+        // From elsewhere in the file, and from another file.
+        assert_eq!(runs(&of(&[area(10, 30, 1, 1), area(40, 50, 3, 7)])), [(10, 20), (20, 30), (40, 50)]);
+        assert_eq!(runs(&Behind::default()), [(10, 20), (20, 30), (40, 50)]);
     }
 }

@@ -146,3 +146,29 @@ impl Pages<'_> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_is_found_where_it_was_only() {
+        let page = |byte| [byte; PAGE as usize];
+        let hash = |byte| XxHash3_128::oneshot_with_seed(7, &page(byte));
+        let part = |at: u64, offset: u64, bytes: &[u8]| Part {
+            record: Record {
+                address: at * PAGE,
+                length: bytes.len() as u64 * PAGE,
+                place: Where::Data,
+                file: 3,
+                offset: offset * PAGE,
+            },
+            hashes: bytes.iter().map(|b| hash(*b)).collect(),
+        };
+        let parts = [part(2, 9, &[1, 2]), part(5, 0, &[1])];
+        let known = Pages { seed: 7, parts: &parts };
+        let find = |at: u64, byte| known.find(at * PAGE, &page(byte)).map(|r| (r.file, r.offset / PAGE));
+        assert_eq!([find(2, 1), find(3, 2), find(5, 1)], [Some((3, 9)), Some((3, 10)), Some((3, 0))]);
+        assert_eq!([find(1, 1), find(2, 2), find(3, 1), find(4, 1), find(6, 1)], [None; 5]);
+    }
+}
