@@ -44,6 +44,9 @@ pub(crate) fn copy_inodes(
         runs.extend(source.data(pid)?.into_iter().map(whole));
         sources.push(source);
     }
+    if runs.is_empty() {
+        return Ok(vec![Vec::new(); sources.len()]);
+    }
     let bytes: u64 = runs.iter().map(|r| r.end - r.start).sum();
     let writers = writers(bytes).min(files.len() as u64).max(1);
     let shares = split(&runs, bytes.div_ceil(writers).next_multiple_of(PAGE));
