@@ -164,7 +164,10 @@ fn behind(options: &[&str], mib: &str) -> Outcome {
     // What was left out is the file's own page by now, and still as it was.
     let again = victim.dump_with(&["--leave-running"])?;
     frugal(&victim, &again)?;
-    twice(&mut victim, &again)
+    twice(&mut victim, &again)?;
+    victim.kill();
+    victim.restore_with(&["--accept-changed", "--lazy"], &again)?;
+    victim.ticks(4)
 }
 
 fn chain() -> Outcome {
