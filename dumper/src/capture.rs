@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 use crate::freeze::{Frozen, FrozenTree};
 use crate::gadget::Gadgets;
 use crate::hold::Hold;
-use crate::memory::{self, Copied, Space, Watch};
+use crate::memory::{self, Behind, Copied, Space, Watch};
 use crate::opened::Opened;
 use crate::scratch::{self, Files};
 use crate::snapshot::{self, Birth, Snapshot};
@@ -43,6 +43,8 @@ pub(crate) struct Captured<'s> {
     writer: ImageWriter,
     files: Vec<DataFile>,
     pages: Copied,
+    /// The code that shows in each process by itself.
+    behind: Vec<Behind>,
     stage: Option<&'s Stage>,
     tasks: Vec<Task>,
     zombies: Vec<Zombie>,
@@ -134,6 +136,7 @@ pub(crate) fn capture<'s>(
             track::pins(&collector.objects, &tables[owner].descriptors)
         })
         .collect();
+    let behind = Behind::of_tree(&collector, &vmas, taken_at);
     let spaces: Vec<Space<'_>> = (0..vmas.len())
         .map(|i| Space {
             pid: stopped.processes[i].living(),
@@ -148,6 +151,7 @@ pub(crate) fn capture<'s>(
                 .tracking
                 .and_then(|t| t.covered(stopped.processes[i].pid()))
                 .filter(|_| !pins[i]),
+            behind: &behind[i],
         })
         .collect();
     let (outcomes, snapshots, (pages, memory)) = {
@@ -178,16 +182,20 @@ pub(crate) fn capture<'s>(
 
     let begin = Instant::now();
     let watch = options.watch();
-    for (id, content) in std::mem::take(&mut collector.contents) {
-        let size = collector.objects.inodes[id.0 as usize].size;
-        let extents = memory::copy_inode(root, &content, size, &mut files[0], &mut writer, &watch)?;
-        collector.set_extents(id, extents);
+    let contents = std::mem::take(&mut collector.contents);
+    let inodes: Vec<_> =
+        contents.iter().map(|(id, content)| (&collector.objects.inodes[id.0 as usize], content)).collect();
+    let known = options.tracking.map(Tracking::known);
+    let copied = memory::copy_inodes(root, &inodes, known, &mut files, &watch)?;
+    for ((id, _), records) in contents.iter().zip(copied) {
+        collector.set_extents(*id, writer.add_records(&records));
     }
     Ok(Captured {
         root,
         writer,
         files,
         pages,
+        behind,
         stage: stage.map(|s| &*s),
         tasks,
         zombies,
@@ -373,9 +381,12 @@ impl Captured<'_> {
             .iter()
             .map(|t| options.tracking.and_then(|tracking| tracking.covered(Pid(t.pid.0))))
             .collect();
-        let mut records = self.pages.finish(self.root, self.stage, &mut self.files, &watch, &covered)?;
+        let behind = &self.behind[..];
+        let mut records =
+            self.pages.finish(self.root, self.stage, &mut self.files, &watch, &covered, behind)?;
         if !self.snapshots.is_empty() {
-            let more = read_snapshots(self.root, &self.snapshots, &self.tasks, &mut self.files, &watch)?;
+            let more =
+                read_snapshots(self.root, &self.snapshots, (&self.tasks, behind), &mut self.files, &watch)?;
             // What they hold is given back while the rest is written; they are waited for at the end.
             self.snapshots.iter_mut().flatten().for_each(Snapshot::kill);
             for (records, more) in records.iter_mut().zip(more) {
@@ -419,7 +430,7 @@ impl Captured<'_> {
 fn read_snapshots(
     root: Pid,
     snapshots: &[Option<Snapshot>],
-    tasks: &[Task],
+    (tasks, behind): (&[Task], &[Behind]),
     files: &mut [DataFile],
     watch: &Watch<'_>,
 ) -> Result<Vec<Vec<Record>>> {
@@ -432,17 +443,17 @@ fn read_snapshots(
         .iter()
         .map(|task| task.memory.vmas.iter().filter(|v| snapshot::copies(v)).cloned().collect())
         .collect();
-    let all = snapshots.iter().zip(tasks).zip(&vmas);
+    let all = snapshots.iter().zip(tasks).zip(&vmas).zip(behind);
     let spaces: Option<Vec<Space<'_>>> = all
-        .map(|((snapshot, task), vmas)| {
+        .map(|(((snapshot, task), vmas), behind)| {
             let parent = tasks.iter().position(|t| t.pid == task.ppid);
-            Some(Space { pid: snapshot.as_ref()?.pid(), vmas, parent, covered: None })
+            Some(Space { pid: snapshot.as_ref()?.pid(), vmas, parent, covered: None, behind })
         })
         .collect();
     let spaces = spaces.ok_or_else(lost)?;
     let none = vec![None; spaces.len()];
     let read = memory::copy(&spaces, None, files, watch)
-        .and_then(|read| read.finish(root, None, files, watch, &none));
+        .and_then(|read| read.finish(root, None, files, watch, &none, behind));
     // Asked at the end: it covers all that was read before.
     match snapshots.iter().flatten().all(Snapshot::stands) {
         true => read,

@@ -5,7 +5,9 @@
 //! /proc/PID/mem, at half the speed, and so are areas without access, which only that way shows. Every
 //! writer has a data file of its own, so that none waits for another's inode lock.
 
+mod behind;
 mod content;
+mod known;
 mod live;
 mod reader;
 mod settled;
@@ -25,11 +27,12 @@ use crate::stage::Stage;
 use crate::track::runs::{self, Covered, Runs};
 use crate::workers;
 
-pub(crate) use self::content::copy_inode;
-pub(crate) use self::live::copy_live;
+pub(crate) use self::behind::Behind;
+pub(crate) use self::content::copy_inodes;
+pub(crate) use self::known::Known;
+pub(crate) use self::live::{Wanted, copy_live};
 use self::reader::Reader;
 pub(crate) use self::store::slice;
-use self::store::store;
 
 /// Bytes copied at a time: fits into the second-level cache, so that the zero test and the checksum read
 /// what is there already.
@@ -66,6 +69,8 @@ pub(crate) struct Space<'a> {
     pub(crate) parent: Option<usize>,
     /// What was copied of it before, if its writes are followed ([`crate::track`]): still right where nothing was written.
     pub(crate) covered: Option<&'a Covered>,
+    /// The code that its areas show by themselves.
+    pub(crate) behind: &'a Behind,
 }
 
 /// A run of memory to be copied.
@@ -185,7 +190,11 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
         }
     }
     if let Some(parent) = space.parent {
-        (rest.inherited, runs) = shared_pages(pid, spaces[parent].pid, &runs)?;
+        let (shared, others) = shared_pages(pid, spaces[parent].pid, &runs)?;
+        // What may be left out of the parent's must show here as well.
+        let apart = spaces[parent].behind.apart(space.behind);
+        rest.inherited = runs::without(&shared, &apart);
+        runs = runs::tidy([others, runs::both(&shared, &apart)].concat());
     }
     Ok((runs.into_iter().map(|(start, end)| Run { space: number, start, end }).collect(), rest))
 }
@@ -310,12 +319,11 @@ impl Copied {
         files: &mut [DataFile],
         watch: &Watch<'_>,
         covered: &[Option<&Covered>],
+        behind: &[Behind],
     ) -> Result<Vec<Vec<Record>>> {
         let own = match (self.pages, stage) {
             (Pages::Written(records), _) => records,
-            (Pages::Staged(runs), Some(stage)) => {
-                write_staged(self.spaces.len(), &runs, stage, files, root, watch)?
-            }
+            (Pages::Staged(runs), Some(stage)) => write_staged(behind, &runs, stage, files, root, watch)?,
             (Pages::Staged(_), None) => {
                 return Err(Error::Inconsistent { pid: root, what: "the stage is gone".into() });
             }
@@ -338,7 +346,7 @@ impl Copied {
 
 /// Writes staged runs, by as many threads as they are worth, each to a file of its own. Gives records by space.
 fn write_staged(
-    spaces: usize,
+    spaces: &[Behind],
     runs: &[(Run, usize)],
     stage: &Stage,
     files: &mut [DataFile],
@@ -363,7 +371,7 @@ fn write_staged(
             let (_, records) = all.last_mut().expect("pushed above");
             let bytes = &stage.bytes()[*at..*at + (run.end - run.start) as usize];
             for (i, chunk) in bytes.chunks(CHUNK as usize).enumerate() {
-                store(records, run.start + i as u64 * CHUNK, chunk, file)?;
+                spaces[run.space].store(records, run.start + i as u64 * CHUNK, chunk, file)?;
                 watch.copied(root, chunk.len() as u64)?;
             }
         }
@@ -374,7 +382,7 @@ fn write_staged(
         let mut parts = parts.zip(files.iter_mut());
         let first = parts.next();
         let others: Vec<_> = parts.map(|(part, file)| scope.spawn(move || write(part, file))).collect();
-        let mut all = vec![Vec::new(); spaces];
+        let mut all = vec![Vec::new(); spaces.len()];
         let mut take = |written: Vec<(usize, Vec<Record>)>| {
             written.into_iter().for_each(|(space, records)| all[space].extend(records));
         };
@@ -479,7 +487,7 @@ fn copy_runs(
             let length = (run.end - at).min(CHUNK);
             let bytes = &mut buffer[..length as usize];
             reader.read(at, bytes)?;
-            store(records, at, bytes, file)?;
+            spaces[run.space].behind.store(records, at, bytes, file)?;
             watch.copied(reader.pid, length)?;
             at += length;
         }

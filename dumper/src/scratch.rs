@@ -94,6 +94,11 @@ pub(crate) fn mapped(collector: &mut Collector, id: InodeId, shared: bool, may_w
     used.written |= shared && may_write;
 }
 
+/// Whether a member has an inode open for writing, or maps it so.
+pub(crate) fn is_written(collector: &Collector, id: InodeId) -> bool {
+    collector.files.uses.get(&id).is_some_and(|used| used.written)
+}
+
 /// Decides of every file with a name that was met, and adds what is to be copied to the collector's contents.
 /// `working_directories` are those that the processes work in.
 pub(crate) fn decide(

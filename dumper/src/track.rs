@@ -37,7 +37,7 @@ use crate::error::{Error, Result};
 use crate::freeze::{Frozen, FrozenTree};
 use crate::gadget::Gadgets;
 use crate::inject::{self, Entry, Visit};
-use crate::memory::most_files;
+use crate::memory::{Known, most_files};
 use crate::restart::Restarts;
 use crate::{sharing, thread};
 
@@ -54,6 +54,8 @@ pub struct Tracking {
     base: Option<String>,
     /// What is known of the pages of each process, in the terms of the image that is being written.
     covered: HashMap<Pid, Covered>,
+    /// What the parent has of shared memory and of files, in the same terms.
+    known: Known,
     /// Bytes that are likely to be copied when the tree stands.
     expected: u64,
     /// How long the tree stood for the watches to be made.
@@ -93,6 +95,11 @@ impl Tracking {
     /// What is known of the pages of a process.
     pub(crate) fn covered(&self, pid: Pid) -> Option<&Covered> {
         self.covered.get(&pid).filter(|_| self.watches(pid))
+    }
+
+    /// What the parent has of shared memory and of files.
+    pub(crate) fn known(&self) -> &Known {
+        &self.known
     }
 
     /// Bytes that are likely to be copied when the tree stands.
@@ -179,6 +186,7 @@ impl Tracking {
         options: &Options<'_>,
     ) -> Result<()> {
         self.covered.clear();
+        self.known = Known::default();
         let base = self.base.take();
         if let Some(parent) = parent {
             let wasted = wasted(parent);
@@ -186,6 +194,14 @@ impl Tracking {
                 true => to.writer.link(parent),
                 false => to.writer.build_on(parent, most_files())?,
             };
+            let borrow = |r: &Record| match r.place {
+                Where::Data if link && wasted.contains(&r.file) => None,
+                Where::Data => Some(Record { file: borrowing.number(r.file)?, ..*r }),
+                Where::Zero => Some(*r),
+                Where::Guard => None,
+            };
+            let root = Pid(parent.manifest.root.0);
+            self.known = Known::of(parent, borrow, root, &options.watch())?;
             if base.is_some_and(|base| base == parent.manifest.id) {
                 // What had pinned pages then may have been given contents since that nobody has seen.
                 let pinned = |task: &&Task| {
@@ -198,12 +214,7 @@ impl Tracking {
                 };
                 for task in parent.tasks.iter().filter(|task| !pinned(task)) {
                     let records = parent.records(task.memory.pages).iter();
-                    let borrowed = records.filter_map(|r| match r.place {
-                        Where::Data if link && wasted.contains(&r.file) => None,
-                        Where::Data => Some(Record { file: borrowing.number(r.file)?, ..*r }),
-                        Where::Zero => Some(*r),
-                        Where::Guard => None,
-                    });
+                    let borrowed = records.filter_map(borrow);
                     self.covered.insert(Pid(task.pid.0), Covered::new(borrowed.collect()));
                 }
             }
@@ -219,6 +230,7 @@ impl Tracking {
     /// A complete image has everything that was written until now.
     pub fn based_on(&mut self, id: &str) {
         self.covered.clear();
+        self.known = Known::default();
         self.base = Some(id.to_owned());
     }
 

@@ -4,6 +4,7 @@
 //! only start, dump, restore and ask.
 
 mod connections;
+mod content;
 mod encoding;
 mod faults;
 mod files;
@@ -36,6 +37,7 @@ fn main() {
     trials.extend(ipc::trials());
     trials.extend(terminal::trials());
     trials.extend(connections::trials());
+    trials.extend(content::trials());
     trials.extend(track::trials());
     trials.extend(threads::trials());
     trials.extend(tree::trials());

@@ -6,19 +6,30 @@ use torpor_image::write::DataFile;
 use torpor_kernel::ids::Pid;
 
 use super::reader::{Reader, batches};
-use super::store::{store, store_pieces};
-use super::{CHUNK, Run, Watch, split, writers};
+use super::store::store_pieces;
+use super::{Behind, CHUNK, Run, Watch, split, writers};
 use crate::error::Result;
 use crate::track::runs::Runs;
 
+/// What of a running process is to be copied, and the code that its areas show by themselves.
+pub(crate) struct Wanted {
+    pub(crate) pid: Pid,
+    pub(crate) runs: Runs,
+    pub(crate) behind: Behind,
+}
+
 /// Copies runs of processes, as far as they can be read, by several writers; gives what was copied of each, in order.
 pub(crate) fn copy_live(
-    wanted: &[(Pid, Runs)],
+    wanted: &[Wanted],
     files: &mut [DataFile],
     watch: &Watch<'_>,
 ) -> Result<Vec<Vec<Record>>> {
-    let of = |(space, (_, runs)): (usize, &(Pid, Runs))| {
-        runs.iter().map(move |(start, end)| Run { space, start: *start, end: *end }).collect::<Vec<_>>()
+    let of = |(space, wanted): (usize, &Wanted)| {
+        wanted
+            .runs
+            .iter()
+            .map(move |(start, end)| Run { space, start: *start, end: *end })
+            .collect::<Vec<_>>()
     };
     let runs: Vec<Run> = wanted.iter().enumerate().flat_map(of).collect();
     let bytes: u64 = runs.iter().map(|r| r.end - r.start).sum();
@@ -41,7 +52,7 @@ pub(crate) fn copy_live(
 }
 
 fn copy_share(
-    wanted: &[(Pid, Runs)],
+    wanted: &[Wanted],
     share: &[Run],
     file: &mut DataFile,
     watch: &Watch<'_>,
@@ -51,7 +62,8 @@ fn copy_share(
     for runs in share.chunk_by(|a, b| a.space == b.space) {
         let space = runs[0].space;
         // It may have ended.
-        let Ok(reader) = Reader::open(wanted[space].0) else { continue };
+        let Ok(reader) = Reader::open(wanted[space].pid) else { continue };
+        let behind = &wanted[space].behind;
         let mut records = Vec::new();
         for batch in batches(runs) {
             if let [run] = batch {
@@ -61,7 +73,7 @@ fn copy_share(
                     let bytes = &mut buffer[..length as usize];
                     // What is not there any more is not needed either.
                     if reader.read(at, bytes).is_ok() {
-                        store(&mut records, at, bytes, file)?;
+                        behind.store(&mut records, at, bytes, file)?;
                     }
                     watch.copied(reader.pid, length)?;
                     at += length;
@@ -70,7 +82,15 @@ fn copy_share(
             }
             let length: u64 = batch.iter().map(|r| r.end - r.start).sum();
             let bytes = &mut buffer[..length as usize];
-            if reader.read_runs(batch, bytes, true).is_ok() {
+            let read = reader.read_runs(batch, bytes, true).is_ok();
+            if read && batch.iter().any(|r| behind.is_within(r.start, r.end)) {
+                let mut rest = &*bytes;
+                for run in batch {
+                    let (own, after) = rest.split_at((run.end - run.start) as usize);
+                    behind.store(&mut records, run.start, own, file)?;
+                    rest = after;
+                }
+            } else if read {
                 store_pieces(&mut records, batch.iter().map(|r| (r.start, r.end)), bytes, file)?;
             }
             watch.copied(reader.pid, length)?;

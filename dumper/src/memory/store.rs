@@ -69,7 +69,7 @@ pub(super) fn store_pieces(
 }
 
 /// Adds a record, or lengthens the last one that it continues.
-fn push(records: &mut Vec<Record>, record: Record) {
+pub(super) fn push(records: &mut Vec<Record>, record: Record) {
     if let Some(last) = records.last_mut() {
         let follows = last.address + last.length == record.address && last.place == record.place;
         let beside = last.file == record.file && last.offset + last.length == record.offset;

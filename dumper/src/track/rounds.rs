@@ -28,6 +28,7 @@ struct Look {
     wanted: Runs,
     /// Bytes in areas that cannot be watched.
     unwatched: u64,
+    behind: memory::Behind,
 }
 
 /// Goes round.
@@ -63,7 +64,7 @@ fn round(tracking: &mut Tracking, files: &mut [DataFile], watch: &Watch<'_>) -> 
     for (pid, look) in pids.iter().zip(looks) {
         bytes += look.wanted.iter().map(|(start, end)| end - start).sum::<u64>();
         unwatched += look.unwatched;
-        wanted.push((living(*pid), look.wanted));
+        wanted.push(memory::Wanted { pid: living(*pid), runs: look.wanted, behind: look.behind });
         written.push(look.written);
     }
     let copied = memory::copy_live(&wanted, files, watch)?;
@@ -81,7 +82,7 @@ fn look(own: Pid, watch: &WriteWatch, parent: Option<Pid>) -> Look {
     let (Ok(maps), Ok(scan)) = (torpor_kernel::maps::maps(pid), PageScan::open(pid)) else {
         return Look { written: vec![(0, u64::MAX)], ..Look::default() };
     };
-    let mut found = Look::default();
+    let mut found = Look { behind: memory::Behind::of_running(&maps), ..Look::default() };
     for area in maps.iter().filter(|m| watchable(m)) {
         let (start, end) = (area.start, area.end);
         let mut written = scan.take_written(start, end);
