@@ -1,9 +1,19 @@
 //! Tasks of Torpor's own development: `cargo xtask bench`.
 
 mod bench;
+mod bounds;
+mod cases;
+mod chain;
+mod command;
 mod count;
+mod goals;
+mod inquiry;
+mod lazy;
 mod picture;
+mod raw;
+mod room;
 mod sample;
+mod series;
 mod victim;
 
 use clap::{Parser, Subcommand};
