@@ -39,6 +39,7 @@ pub(crate) fn measure(name: &str, kind: Kind, chains: usize, torpor: &Tool, dir:
             ("dump, later", of(&later, |l| l.wall)),
             ("written, later, MiB", of(&later, |l| l.written)),
             ("dump, later, MiB", of(&later, |l| l.peak)),
+            ("stays behind, MiB", of(&later, |l| l.behind)),
         ],
         failure,
     })
@@ -52,6 +53,7 @@ pub(crate) struct Link {
     wall: f64,
     written: f64,
     peak: f64,
+    behind: f64,
 }
 
 /// The first dump of a fresh victim, and so many after it.
@@ -82,6 +84,7 @@ pub(crate) fn links(pid: i32, length: usize, torpor: &Tool, dir: &Path) -> anyho
             wall: dump.wall,
             written: size_of_files(&image) as f64 / f64::from(1 << 20),
             peak: dump.peak,
+            behind: dump.behind,
         });
         parent = Some(image);
         std::thread::sleep(BETWEEN);

@@ -3,7 +3,8 @@
 //! The peak is `ru_maxrss` of wait4(2). That counts the address space a process had before execve(2) as well
 //! (`setmax_mm_hiwater_rss`, fs/exec.c), which is ours: it begins as vfork(2) of this process. So the peak of our own is
 //! put back to what we have now (`5` to /proc/self/clear_refs, proc_pid_clear_refs(5)), which is a few MiB and less than either
-//! tool needs. Processes of the tool that stay behind (a tracker, a server of pages) are added with the peak of each.
+//! tool needs. Processes of the tool that stay behind (a tracker, a server of pages) are told apart: they began as copies of the
+//! command, most of whose pages are counted there already.
 
 use std::fs::{self, File};
 use std::io::{Read, Seek};
@@ -23,8 +24,10 @@ const PATIENCE: Duration = Duration::from_secs(240);
 pub(crate) struct Ran {
     /// Milliseconds.
     pub(crate) wall: f64,
-    /// Most memory that it had at once, in MiB, and what of it stayed behind.
+    /// Most memory that it had at once, in MiB.
     pub(crate) peak: f64,
+    /// Memory of processes that it has left behind, in MiB.
+    pub(crate) behind: f64,
     /// What it has printed.
     pub(crate) said: String,
 }
@@ -43,8 +46,8 @@ pub(crate) fn run(command: &mut Command) -> anyhow::Result<Ran> {
         let text = contents(&mut complained)?;
         bail!("{command:?}: status {status:#x}: {}", text.trim());
     }
-    let peak = peak + left_behind(Path::new(command.get_program()));
-    Ok(Ran { wall, peak, said: contents(&mut said)? })
+    let behind = left_behind(Path::new(command.get_program()));
+    Ok(Ran { wall, peak, behind, said: contents(&mut said)? })
 }
 
 /// Waits for the end: the status, and the peak in MiB.
@@ -77,7 +80,7 @@ fn forget_peak() {
     let _older_kernel = fs::write("/proc/self/clear_refs", "5");
 }
 
-/// Peaks of the processes of a program that became ours when it ended, in MiB. This process is a subreaper.
+/// Memory of the processes of a program that became ours when it ended, in MiB. This process is a subreaper.
 fn left_behind(program: &Path) -> f64 {
     let Ok(program) = fs::canonicalize(program) else { return 0.0 };
     let of = |pid: i32| -> Option<f64> {
@@ -88,7 +91,7 @@ fn left_behind(program: &Path) -> f64 {
         {
             return None;
         }
-        Some(field("VmHWM:")?.parse::<f64>().ok()? / 1024.0)
+        Some(field("VmRSS:")?.parse::<f64>().ok()? / 1024.0)
     };
     pids().into_iter().filter_map(of).sum()
 }

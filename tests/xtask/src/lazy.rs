@@ -11,7 +11,7 @@ use std::process::Command;
 use anyhow::{Context, ensure};
 
 use crate::bench::Row;
-use crate::cases::{FIRST_STEP, LAZY};
+use crate::cases::{FIRST_STEP, LAZY, RESTORE_PEAK};
 use crate::command::run;
 use crate::room;
 use crate::sample::{Tool, empty, end, reap_session, start, warm};
@@ -31,7 +31,8 @@ pub(crate) fn measure(rounds: usize, torpor: &Tool, dir: &Path) -> anyhow::Resul
         return Err(e);
     }
     victim.wait()?;
-    let mut columns = [(FIRST_STEP, Vec::new()), ("command returns", Vec::new()), ("restore, MiB", Vec::new())];
+    let names = [FIRST_STEP, "command returns", RESTORE_PEAK, "serves on, MiB"];
+    let mut columns = names.map(|name| (name, Vec::new()));
     let mut failure = None;
     for _ in 0..rounds {
         warm(5 << 30);
@@ -43,9 +44,8 @@ pub(crate) fn measure(rounds: usize, torpor: &Tool, dir: &Path) -> anyhow::Resul
         reap_session(pid);
         match step {
             Ok((step, ran)) => {
-                columns[0].1.push(step);
-                columns[1].1.push(ran.wall);
-                columns[2].1.push(ran.peak);
+                let values = [step, ran.wall, ran.peak, ran.behind];
+                columns.iter_mut().zip(values).for_each(|((_, samples), value)| samples.push(value));
             }
             Err(e) => failure = Some(format!("{e:#}")),
         }

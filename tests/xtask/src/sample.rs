@@ -39,6 +39,7 @@ pub(crate) struct Dumped {
     pub(crate) frozen: f64,
     pub(crate) wall: f64,
     pub(crate) peak: f64,
+    pub(crate) behind: f64,
 }
 
 /// Ways to freeze (`--freeze`) that are measured with processes that run on.
@@ -120,7 +121,7 @@ impl Tool {
 }
 
 fn dumped(ran: &Ran, (freezing, frozen): (f64, f64)) -> Dumped {
-    Dumped { freezing, frozen, wall: ran.wall, peak: ran.peak }
+    Dumped { freezing, frozen, wall: ran.wall, peak: ran.peak, behind: ran.behind }
 }
 
 /// An empty directory of that name.
@@ -146,11 +147,20 @@ pub(crate) fn warm(bytes: usize) {
 
 /// Starts a victim and waits until everything is there.
 pub(crate) fn start(kind: Kind, size: usize, dir: &Path) -> anyhow::Result<Child> {
+    begin(kind, size, dir, &[])
+}
+
+/// The same, of a victim that does nothing any more.
+pub(crate) fn start_still(kind: Kind, size: usize, dir: &Path) -> anyhow::Result<Child> {
+    begin(kind, size, dir, &["--still"])
+}
+
+fn begin(kind: Kind, size: usize, dir: &Path, options: &[&str]) -> anyhow::Result<Child> {
     let ready = dir.join("ready");
     let _none = fs::remove_file(&ready);
     let kind = clap::ValueEnum::to_possible_value(&kind).map(|v| v.get_name().to_owned());
     let mut command = Command::new(std::env::current_exe()?);
-    command.args(["victim", &kind.unwrap_or_default(), &size.to_string()]).arg(&ready);
+    command.args(["victim", &kind.unwrap_or_default(), &size.to_string()]).args(options).arg(&ready);
     let child = alone(&mut command).spawn().context("starting a victim")?;
     let deadline = Instant::now() + Duration::from_secs(120);
     while !ready.exists() {
@@ -189,7 +199,7 @@ pub(crate) fn end(victim: Child) {
 }
 
 /// Every process of a session.
-fn session(sid: i32) -> Vec<i32> {
+pub(crate) fn session(sid: i32) -> Vec<i32> {
     // SAFETY: getsid takes a number.
     pids().into_iter().filter(|pid| unsafe { libc::getsid(*pid) } == sid).collect()
 }
