@@ -50,8 +50,8 @@ pub(crate) fn measure(name: &str, kind: Kind, chains: usize, torpor: &Tool, dir:
 pub(crate) struct Link {
     /// All that it stood still for.
     pub(crate) frozen: f64,
-    wall: f64,
-    written: f64,
+    pub(crate) wall: f64,
+    pub(crate) written: f64,
     peak: f64,
     behind: f64,
 }

@@ -25,7 +25,9 @@ pub(crate) enum Kind {
     Descriptors,
     /// A process with `size - 1` children, each with 4 MiB of its own.
     Processes,
-    /// The same in areas that want no huge pages.
+    /// The same with 64 KiB each.
+    Crowd,
+    /// As [`Kind::Processes`], in areas that want no huge pages.
     SmallPages,
     /// The same without memory, each with 200 descriptors: files of its own, and pipes it has from its parent.
     Tables,
@@ -65,6 +67,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Kind::Areas => areas(size)?,
         Kind::Descriptors => descriptors(size)?,
         Kind::Processes => children(size, || memory(4 << 20, libc::MADV_NORMAL).map(drop))?,
+        Kind::Crowd => children(size, || memory(64 << 10, libc::MADV_NORMAL).map(drop))?,
         Kind::SmallPages => children(size, || memory(4 << 20, libc::MADV_NOHUGEPAGE).map(drop))?,
         Kind::Tables => {
             descriptors(100)?;
