@@ -191,7 +191,9 @@ fn tell_bounds(bounds: &[Bound], rows: &[Row]) {
     if bounds.is_empty() {
         return;
     }
-    println!("\n| the mechanism alone | ms | bounds | of CRIU's | goal | Torpor |\n|---|---|---|---|---|---|");
+    println!(
+        "\n| the mechanism alone | ms | bounds | of CRIU's | goal | Torpor |\n|---|---|---|---|---|---|"
+    );
     for bound in bounds {
         let (case, column) = bound.of;
         let find = |tool: &str| rows.iter().find(|r| r.case == case && r.tool == tool)?.median(column);

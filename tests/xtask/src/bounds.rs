@@ -62,21 +62,65 @@ type Measure = fn(&Ground<'_>) -> anyhow::Result<Vec<f64>>;
 const BOUNDS: &[(&str, (&str, &str), &str, u64, Measure)] = &[
     ("fork, execve, exit and wait of an empty program", ("4 MiB", "restore"), "", 64, start_empty),
     ("the same of `torpor --version`", ("4 MiB", "dump"), "< 2 ms", 64, start_torpor),
-    ("PTRACE_SEIZE, INTERRUPT, wait, two register sets, DETACH, of 1,000 threads",
-        ("1,000 sleeping threads", "freezing + frozen"), "", 128, inquiry::threads),
+    (
+        "PTRACE_SEIZE, INTERRUPT, wait, two register sets, DETACH, of 1,000 threads",
+        ("1,000 sleeping threads", "freezing + frozen"),
+        "",
+        128,
+        inquiry::threads,
+    ),
     ("/proc/PID/maps of 10,000 areas", ("10,000 areas", "frozen"), "", 128, inquiry::areas),
-    ("pidfd_getfd, fdinfo, fstat, close, 2,000 times", ("2,000 descriptors", "frozen"), "", 64, inquiry::descriptors),
-    ("50 processes forked, 4 MiB populated and read by each", ("50 processes of 4 MiB", "restore"), "", 512, grove),
-    ("fork, 1 GiB of small pages", ("1 GiB", "left running, fork"), "", 2048, |g| fork(g, libc::MADV_NOHUGEPAGE)),
-    ("fork, 1 GiB of huge pages", ("1 GiB, huge pages", "left running, fork"), "", 2048, |g| fork(g, libc::MADV_HUGEPAGE)),
-    ("PAGEMAP_SCAN with write protection of 1 GiB, 1 % of it written to", ("1 GiB, 40 MB/s written", crate::cases::LATER),
-        "", 2048, |g| scan(g, 100)),
-    ("the same, 12.5 % of it written to", ("1 GiB, 530 MB/s written", crate::cases::LATER), "", 2048, |g| scan(g, 8)),
-    ("process_vm_readv of 1 GiB into huge pages that are there", ("1 GiB", "left running, copy"), "", 4096, read_out),
-    ("write of 1 GiB into files on tmpfs with huge pages", ("1 GiB", "left running, copy"), "", 4096, write_huge),
+    (
+        "pidfd_getfd, fdinfo, fstat, close, 2,000 times",
+        ("2,000 descriptors", "frozen"),
+        "",
+        64,
+        inquiry::descriptors,
+    ),
+    (
+        "50 processes forked, 4 MiB populated and read by each",
+        ("50 processes of 4 MiB", "restore"),
+        "",
+        512,
+        grove,
+    ),
+    ("fork, 1 GiB of small pages", ("1 GiB", "left running, fork"), "", 2048, |g| {
+        fork(g, libc::MADV_NOHUGEPAGE)
+    }),
+    ("fork, 1 GiB of huge pages", ("1 GiB, huge pages", "left running, fork"), "", 2048, |g| {
+        fork(g, libc::MADV_HUGEPAGE)
+    }),
+    (
+        "PAGEMAP_SCAN with write protection of 1 GiB, 1 % of it written to",
+        ("1 GiB, 40 MB/s written", crate::cases::LATER),
+        "",
+        2048,
+        |g| scan(g, 100),
+    ),
+    ("the same, 12.5 % of it written to", ("1 GiB, 530 MB/s written", crate::cases::LATER), "", 2048, |g| {
+        scan(g, 8)
+    }),
+    (
+        "process_vm_readv of 1 GiB into huge pages that are there",
+        ("1 GiB", "left running, copy"),
+        "",
+        4096,
+        read_out,
+    ),
+    (
+        "write of 1 GiB into files on tmpfs with huge pages",
+        ("1 GiB", "left running, copy"),
+        "",
+        4096,
+        write_huge,
+    ),
     ("write of 1 GiB into files where images go", ("1 GiB", "dump"), "", 4096, write_files),
-    ("1 GiB of huge pages made (MADV_COLLAPSE) and read from files", ("1 GiB", "restore"), "", 4096, |g| fill(g, Fill::Collapse)),
-    ("1 GiB of small pages made (MADV_POPULATE_WRITE) and read", ("1 GiB", "restore"), "", 4096, |g| fill(g, Fill::Populate)),
+    ("1 GiB of huge pages made (MADV_COLLAPSE) and read from files", ("1 GiB", "restore"), "", 4096, |g| {
+        fill(g, Fill::Collapse)
+    }),
+    ("1 GiB of small pages made (MADV_POPULATE_WRITE) and read", ("1 GiB", "restore"), "", 4096, |g| {
+        fill(g, Fill::Populate)
+    }),
     ("1 GiB read and made by UFFDIO_COPY", ("1 GiB", "restore"), "", 4096, |g| fill(g, Fill::Copy)),
 ];
 
@@ -130,7 +174,9 @@ fn divided(work: impl Fn(usize, usize, usize) -> anyhow::Result<()> + Sync) -> a
     std::thread::scope(|scope| {
         let begin = |i: usize| scope.spawn(move || work(i, i * part, part.min(GIB - i * part)));
         let threads: Vec<_> = (0..cpus()).map(begin).collect();
-        threads.into_iter().try_for_each(|t| t.join().map_err(|_| anyhow::anyhow!("a thread has panicked"))?)
+        threads
+            .into_iter()
+            .try_for_each(|t| t.join().map_err(|_| anyhow::anyhow!("a thread has panicked"))?)
     })
 }
 
@@ -387,7 +433,8 @@ fn write_huge(ground: &Ground<'_>) -> anyhow::Result<Vec<f64>> {
     let once = || {
         warm(2 * GIB);
         let directory = raw::huge_tmpfs()?;
-        let files: anyhow::Result<Vec<File>> = (0..cpus()).map(|_| Ok(raw::unnamed(&directory)?.into())).collect();
+        let files: anyhow::Result<Vec<File>> =
+            (0..cpus()).map(|_| Ok(raw::unnamed(&directory)?.into())).collect();
         let files = files?;
         let begin = Instant::now();
         write_out(&area, &files)?;

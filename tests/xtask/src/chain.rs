@@ -14,7 +14,13 @@ const LENGTH: usize = 5;
 const BETWEEN: std::time::Duration = std::time::Duration::from_millis(500);
 
 /// Measures one chain of [`LENGTH`] dumps after each other; there is nothing like it of CRIU's on a kernel without soft-dirty.
-pub(crate) fn measure(name: &str, kind: Kind, chains: usize, torpor: &Tool, dir: &Path) -> anyhow::Result<Row> {
+pub(crate) fn measure(
+    name: &str,
+    kind: Kind,
+    chains: usize,
+    torpor: &Tool,
+    dir: &Path,
+) -> anyhow::Result<Row> {
     room::need(4 << 30, (LENGTH as u64 + 2) << 30, dir)?;
     let mut first = Vec::new();
     let mut later = Vec::new();
@@ -58,7 +64,11 @@ pub(crate) struct Link {
 
 /// The first dump of a fresh victim, and so many after it.
 pub(crate) fn chain(
-    kind: Kind, size: usize, length: usize, torpor: &Tool, dir: &Path,
+    kind: Kind,
+    size: usize,
+    length: usize,
+    torpor: &Tool,
+    dir: &Path,
 ) -> anyhow::Result<Vec<Link>> {
     let chain = empty(dir, "chain")?;
     let victim = start(kind, size, dir)?;

@@ -136,7 +136,9 @@ fn compare(arguments: &Arguments, torpor: &Path, dir: &Path) -> anyhow::Result<(
             println!("{name}: {what} {now} ({})", before.map_or("new".into(), |b| b.to_string()));
             if before.is_some_and(|before| (now - before).abs() > slack) {
                 let before = before.unwrap_or(f64::NAN);
-                changed.push(format!("{name}: {what} {now}, {before} in the table, {slack:.2} more or less allowed"));
+                changed.push(format!(
+                    "{name}: {what} {now}, {before} in the table, {slack:.2} more or less allowed"
+                ));
             }
         }
     }
@@ -144,7 +146,8 @@ fn compare(arguments: &Arguments, torpor: &Path, dir: &Path) -> anyhow::Result<(
         println!("skipped: no part of tests/counts.json was written with the interfaces of this machine:");
         for known in &parts {
             let differs = |(name, there): &(&String, &bool)| interfaces.get(*name) != Some(*there);
-            let names: Vec<&str> = known.interfaces.iter().filter(differs).map(|(name, _)| name.as_str()).collect();
+            let names: Vec<&str> =
+                known.interfaces.iter().filter(differs).map(|(name, _)| name.as_str()).collect();
             println!("  unlike one of them in: {}", names.join(", "));
         }
     }
@@ -157,9 +160,11 @@ fn compare(arguments: &Arguments, torpor: &Path, dir: &Path) -> anyhow::Result<(
 }
 
 fn count_all(arguments: &Arguments, torpor: &Path, dir: &Path) -> anyhow::Result<BTreeMap<String, Row>> {
-    let row = |counts: Counts| COUNTED.iter().zip(counts).map(|((name, ..), n)| ((*name).to_owned(), n)).collect();
+    let row =
+        |counts: Counts| COUNTED.iter().zip(counts).map(|((name, ..), n)| ((*name).to_owned(), n)).collect();
     let count = |name: &str, kind, size, how: &[&str]| {
-        let (counts, calls) = count(torpor, kind, size, how, dir).with_context(|| format!("{name}, {size}"))?;
+        let (counts, calls) =
+            count(torpor, kind, size, how, dir).with_context(|| format!("{name}, {size}"))?;
         if arguments.calls {
             println!("{name}, {size}: {calls:?}");
         }
@@ -204,7 +209,10 @@ fn interfaces(torpor: &Path, dir: &Path) -> anyhow::Result<Option<BTreeMap<Strin
     }
     let machine = room::machine(dir);
     let huge = machine["transparent huge pages"].as_str().unwrap_or_default();
-    all.insert("as root".into(), fs::metadata("/proc/self").is_ok_and(|m| std::os::unix::fs::MetadataExt::uid(&m) == 0));
+    all.insert(
+        "as root".into(),
+        fs::metadata("/proc/self").is_ok_and(|m| std::os::unix::fs::MetadataExt::uid(&m) == 0),
+    );
     all.insert("x86_64".into(), cfg!(target_arch = "x86_64"));
     all.insert("control groups of version 1".into(), Path::new("/sys/fs/cgroup/memory").exists());
     all.insert("huge pages where asked for".into(), huge.contains("[madvise]"));
@@ -214,7 +222,11 @@ fn interfaces(torpor: &Path, dir: &Path) -> anyhow::Result<Option<BTreeMap<Strin
 
 /// Dumps one victim, and lets it run on. Gives all calls by number, too.
 fn count(
-    torpor: &Path, kind: Kind, size: usize, how: &[&str], dir: &Path,
+    torpor: &Path,
+    kind: Kind,
+    size: usize,
+    how: &[&str],
+    dir: &Path,
 ) -> anyhow::Result<(Counts, BTreeMap<i64, u64>)> {
     let image = empty(dir, "image")?;
     let victim = start_still(kind, size, dir)?;
@@ -233,7 +245,8 @@ fn count(
     })();
     end(victim);
     let (traced, faults, switches) = counted?;
-    let calls = traced.calls.iter().filter(|(number, _)| !WAITING.contains(number)).map(|(_, n)| n).sum::<u64>();
+    let calls =
+        traced.calls.iter().filter(|(number, _)| !WAITING.contains(number)).map(|(_, n)| n).sum::<u64>();
     let ptrace = traced.calls.get(&libc::SYS_ptrace).copied().unwrap_or(0);
     let counts = [calls, ptrace, traced.stops, switches, size_of_files(&image), faults];
     Ok((counts.map(|count| count as f64), traced.calls))

@@ -32,7 +32,9 @@ pub(crate) fn judge(rows: &[Row]) -> Vec<Verdict> {
             (Aim::Most(most), Some(own), _) => met(own <= *most),
             (Aim::Part(part), Some(own), Some(its)) => met(own / its <= *part),
             // What is aimed at is that it never fails.
-            (Aim::Part(_), Some(_), None) if criu.is_some_and(|row| row.failure.is_some()) => "met: CRIU failed",
+            (Aim::Part(_), Some(_), None) if criu.is_some_and(|row| row.failure.is_some()) => {
+                "met: CRIU failed"
+            }
             (Aim::Part(_), Some(_), None) => "no CRIU",
         };
         let outcome = if torpor.failure.is_some() { "failed at times" } else { outcome };

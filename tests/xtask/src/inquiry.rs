@@ -18,7 +18,10 @@ const SETS: [i32; 2] = [1, if cfg!(target_arch = "x86_64") { 0x202 } else { 2 }]
 
 /// Measures on a victim as often as samples are wanted.
 fn on(
-    kind: Kind, size: usize, ground: &Ground<'_>, mut measure: impl FnMut(i32) -> anyhow::Result<f64>,
+    kind: Kind,
+    size: usize,
+    ground: &Ground<'_>,
+    mut measure: impl FnMut(i32) -> anyhow::Result<f64>,
 ) -> anyhow::Result<Vec<f64>> {
     let victim = start(kind, size, ground.dir)?;
     let pid = victim.id() as i32;

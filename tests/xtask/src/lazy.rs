@@ -25,7 +25,8 @@ pub(crate) fn measure(rounds: usize, torpor: &Tool, dir: &Path) -> anyhow::Resul
     let image = empty(dir, "image")?;
     let mut victim = start(Kind::Clock, 4096, dir)?;
     let pid = victim.id() as i32;
-    let gaps = fs::read_to_string(dir.join("ready"))?.trim().parse::<usize>().context("where the clock is")?;
+    let gaps =
+        fs::read_to_string(dir.join("ready"))?.trim().parse::<usize>().context("where the clock is")?;
     if let Err(e) = torpor.dump(pid, &image, &[]) {
         end(victim);
         return Err(e);

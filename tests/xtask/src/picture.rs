@@ -30,7 +30,10 @@ type Line = (&'static str, Vec<Series>);
 /// Measures victims of several sizes that are written to, each in each way to freeze and by CRIU, and draws.
 pub(crate) fn draw(rounds: usize, tools: &[Tool], dir: &Path, file: &Path) -> anyhow::Result<Value> {
     let mut lines: Vec<Line> = COLOURS.map(|(name, _)| (name, Vec::new())).into();
-    println!("\n| picture: frozen, ms | {} |\n|---|---|---|---|---|", COLOURS.map(|(name, _)| name).join(" | "));
+    println!(
+        "\n| picture: frozen, ms | {} |\n|---|---|---|---|---|",
+        COLOURS.map(|(name, _)| name).join(" | ")
+    );
     for size in SIZES {
         let bytes = (size as u64) << 20;
         let mut samples = vec![Vec::new(); lines.len()];
@@ -50,8 +53,11 @@ pub(crate) fn draw(rounds: usize, tools: &[Tool], dir: &Path, file: &Path) -> an
     }
     fs::write(file, svg(&lines)?)?;
     let line = |(name, points): &Line| {
-        let points: Vec<Value> =
-            SIZES.iter().zip(points).map(|(mib, series)| json!({ "MiB": mib, "ms": series.sorted() })).collect();
+        let points: Vec<Value> = SIZES
+            .iter()
+            .zip(points)
+            .map(|(mib, series)| json!({ "MiB": mib, "ms": series.sorted() }))
+            .collect();
         json!({ "name": name, "points": points })
     };
     Ok(json!(lines.iter().map(line).collect::<Vec<_>>()))
@@ -132,13 +138,19 @@ fn svg(lines: &[Line]) -> Result<String, std::fmt::Error> {
         let all: Vec<(f64, f64)> = SIZES.iter().zip(points).filter_map(point).collect();
         let path: Vec<String> = all.iter().map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
         let path = path.join(" ");
-        writeln!(out, "<polyline points=\"{path}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2.5\"/>")?;
+        writeln!(
+            out,
+            "<polyline points=\"{path}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2.5\"/>"
+        )?;
         for (x, y) in &all {
             writeln!(out, "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4\" fill=\"{colour}\"/>")?;
         }
         if let Some((x, y)) = all.last() {
             let (x, y) = (x + 10.0, y + 4.5);
-            writeln!(out, "<text x=\"{x:.1}\" y=\"{y:.1}\" fill=\"{colour}\" font-weight=\"bold\">{name}</text>")?;
+            writeln!(
+                out,
+                "<text x=\"{x:.1}\" y=\"{y:.1}\" fill=\"{colour}\" font-weight=\"bold\">{name}</text>"
+            )?;
         }
     }
     writeln!(out, "</svg>")?;

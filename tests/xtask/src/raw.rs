@@ -47,7 +47,8 @@ fn fd(got: libc::c_long) -> io::Result<OwnedFd> {
 impl Watch {
     pub(crate) fn over(start: usize, length: usize, mode: Mode) -> anyhow::Result<Self> {
         // SAFETY: takes a number.
-        let uffd = fd(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) }).context("userfaultfd")?;
+        let uffd =
+            fd(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) }).context("userfaultfd")?;
         let features = if matches!(mode, Mode::WriteProtect) { WP_UNPOPULATED | WP_ASYNC } else { 0 };
         ioctl(&uffd, UFFDIO_API, &mut [UFFD_API, features, 0]).context("UFFDIO_API")?;
         ioctl(&uffd, UFFDIO_REGISTER, &mut [start as u64, length as u64, mode as u64, 0])
@@ -104,7 +105,11 @@ pub(crate) fn huge_tmpfs() -> anyhow::Result<OwnedFd> {
         };
         // FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE
         set(1, c"huge".as_ptr(), c"always".as_ptr());
-        anyhow::ensure!(set(6, std::ptr::null(), std::ptr::null()) == 0, "fsconfig: {}", io::Error::last_os_error());
+        anyhow::ensure!(
+            set(6, std::ptr::null(), std::ptr::null()) == 0,
+            "fsconfig: {}",
+            io::Error::last_os_error()
+        );
         Ok(fd(libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), 1, 0)).context("fsmount")?)
     }
 }
@@ -113,7 +118,12 @@ pub(crate) fn huge_tmpfs() -> anyhow::Result<OwnedFd> {
 pub(crate) fn unnamed(directory: &OwnedFd) -> anyhow::Result<OwnedFd> {
     // SAFETY: a string that ends with a zero, and numbers.
     let got = unsafe {
-        libc::openat(directory.as_raw_fd(), c".".as_ptr(), libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC, 0o600)
+        libc::openat(
+            directory.as_raw_fd(),
+            c".".as_ptr(),
+            libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC,
+            0o600,
+        )
     };
     Ok(fd(libc::c_long::from(got)).context("O_TMPFILE")?)
 }

@@ -28,7 +28,9 @@ pub(crate) fn report(tool: &Tool, dir: &Path) -> anyhow::Result<Table> {
     warm(3 << 30);
     let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
     let mut command = Command::new("redis-server");
-    command.args(["--port", &port.to_string(), "--save", "", "--enable-debug-command", "yes", "--dir"]).arg(dir);
+    command
+        .args(["--port", &port.to_string(), "--save", "", "--enable-debug-command", "yes", "--dir"])
+        .arg(dir);
     let server = alone(&mut command).spawn().context("skipped: there is no redis-server here")?;
     let result = loaded(port, &server, tool, dir);
     end(server);
@@ -98,7 +100,9 @@ struct Seen {
 
 /// Does something, and watches.
 fn watched(
-    port: u16, client: &mut Client, work: impl FnOnce(&mut Client) -> anyhow::Result<f64>,
+    port: u16,
+    client: &mut Client,
+    work: impl FnOnce(&mut Client) -> anyhow::Result<f64>,
 ) -> anyhow::Result<Seen> {
     let mut other = Client::connect(port)?;
     let done = AtomicBool::new(false);

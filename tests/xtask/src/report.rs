@@ -56,7 +56,8 @@ impl Table {
 
     fn json(&self) -> Value {
         let row = |(name, values): &(String, Vec<f64>)| {
-            let cells = self.columns.iter().zip(values).map(|(name, value)| ((*name).to_owned(), json!(value)));
+            let cells =
+                self.columns.iter().zip(values).map(|(name, value)| ((*name).to_owned(), json!(value)));
             json!({ "name": name, "values": cells.collect::<serde_json::Map<_, _>>() })
         };
         json!({ "name": self.name, "rows": self.rows.iter().map(row).collect::<Vec<_>>() })
@@ -99,7 +100,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
 
 /// What a process more costs as the tree grows: little memory in each.
 fn tree(tool: &Tool, dir: &Path) -> anyhow::Result<Table> {
-    let columns = ["freezing + frozen, ms", "dump, ms", "restore, ms", "frozen/process, ms", "restore/process, ms"];
+    let columns =
+        ["freezing + frozen, ms", "dump, ms", "restore, ms", "frozen/process, ms", "restore/process, ms"];
     let mut table = Table::new("processes", &columns);
     for count in [1usize, 10, 100, 1000] {
         room::need((count as u64) << 22, 1 << 30, dir)?;
@@ -142,7 +144,12 @@ pub(crate) fn mib(image: &Path) -> f64 {
 
 /// A row of a dump that is not kept.
 pub(crate) fn dump(
-    table: &mut Table, name: &str, pid: i32, options: &[&str], tool: &Tool, dir: &Path,
+    table: &mut Table,
+    name: &str,
+    pid: i32,
+    options: &[&str],
+    tool: &Tool,
+    dir: &Path,
 ) -> anyhow::Result<()> {
     let image = empty(dir, "image")?;
     let dumped = tool.dump(pid, &image, options)?;

@@ -53,7 +53,10 @@ pub(crate) fn machine(dir: &Path) -> serde_json::Value {
     let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let memory = memory.lines().next().and_then(|l| l.split_whitespace().nth(1)?.parse::<u64>().ok());
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let cpu = cpu.lines().find_map(|l| l.strip_prefix("model name")).map(|l| l.trim_start_matches([' ', '\t', ':']));
+    let cpu = cpu
+        .lines()
+        .find_map(|l| l.strip_prefix("model name"))
+        .map(|l| l.trim_start_matches([' ', '\t', ':']));
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     let on = |l: &&str| l.split(' ').nth(1).is_some_and(|at| dir.starts_with(at));
     let mount = mounts.lines().filter(on).max_by_key(|l| l.split(' ').nth(1).map_or(0, str::len));

@@ -54,7 +54,13 @@ impl Tool {
     }
 
     /// Measures dumps and a restore of a fresh victim; without `passing` only of a dump that ends it.
-    pub(crate) fn sample(&self, kind: Kind, size: usize, passing: bool, dir: &Path) -> anyhow::Result<Sample> {
+    pub(crate) fn sample(
+        &self,
+        kind: Kind,
+        size: usize,
+        passing: bool,
+        dir: &Path,
+    ) -> anyhow::Result<Sample> {
         let mut victim = start(kind, size, dir)?;
         let result = self.cycle(&mut victim, passing, dir);
         end(victim);
@@ -104,7 +110,8 @@ impl Tool {
         match self {
             Tool::Torpor(path) => {
                 let ran = run(Command::new(path).args(["dump", "--json"]).args(options).arg(id).arg(image))?;
-                let summary: serde_json::Value = serde_json::from_str(&ran.said).context("the summary of a dump")?;
+                let summary: serde_json::Value =
+                    serde_json::from_str(&ran.said).context("the summary of a dump")?;
                 let time = |name: &str| summary["times"][name].as_f64().unwrap_or(f64::NAN) / 1e6;
                 Ok(dumped(&ran, (time("freezing"), time("frozen"))))
             }

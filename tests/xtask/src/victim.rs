@@ -83,7 +83,11 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     }
     File::create(&arguments.ready).context("cannot say that everything is there")?;
     loop {
-        std::thread::sleep(if arguments.still { Duration::from_secs(3600) } else { Duration::from_millis(20) });
+        std::thread::sleep(if arguments.still {
+            Duration::from_secs(3600)
+        } else {
+            Duration::from_millis(20)
+        });
     }
 }
 
