@@ -25,7 +25,7 @@ public class Heap {
         for (long n = 0; ; n++) {
             long[] piece = all.get(random.nextInt(all.size()));
             piece[random.nextInt(piece.length)] = n;
-            if (n % 1000 == 0) Thread.sleep(1);
+            if (n % 10 == 0) Thread.sleep(1);
         }
     }
 }

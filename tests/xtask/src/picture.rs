@@ -22,7 +22,7 @@ const TOP: f64 = 50.0;
 const WIDTH: f64 = 540.0;
 const HEIGHT: f64 = 340.0;
 /// Powers of ten of milliseconds.
-const DECADES: (i32, i32) = (-1, 4);
+const DECADES: (i32, i32) = (0, 4);
 
 /// One line of the picture: its name, and samples in milliseconds for each of [`SIZES`].
 type Line = (&'static str, Vec<Series>);
