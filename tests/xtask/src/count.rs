@@ -19,7 +19,7 @@ use std::process::Command;
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
-use crate::bench::{adopt, directory, torpor};
+use crate::bench::{adopt, directory};
 use crate::chain::size_of_files;
 use crate::room;
 use crate::sample::{empty, end, session, start_still};
@@ -31,9 +31,11 @@ const CASES: &[(&str, Kind, usize, &[&str])] = &[
     ("a process of 4 MiB, fork", Kind::Memory, 4, &["--freeze", "fork"]),
     ("a process of 4 MiB, track", Kind::Memory, 4, &["--track"]),
 ];
-/// Name, what is dumped, in which two sizes, and with which options.
+/// Name, what is dumped, in which two sizes, and with which options. As many threads as the kernel's memory is looked at for
+/// have bpf(2).
 const PAIRS: &[(&str, Kind, (usize, usize), &[&str])] = &[
-    ("each thread", Kind::Sleeping, (20, 60), &["--freeze", "copy"]),
+    ("each thread", Kind::Sleeping, (10, 30), &["--freeze", "copy"]),
+    ("each of many threads", Kind::Sleeping, (100, 300), &["--freeze", "copy"]),
     ("each area", Kind::Areas, (200, 1000), &["--freeze", "copy"]),
     ("each descriptor", Kind::Descriptors, (40, 200), &["--freeze", "copy"]),
     ("each process of 4 MiB, copy", Kind::Processes, (4, 12), &["--freeze", "copy"]),
@@ -41,6 +43,8 @@ const PAIRS: &[(&str, Kind, (usize, usize), &[&str])] = &[
     ("each MiB, copy", Kind::Memory, (16, 80), &["--freeze", "copy"]),
     ("each MiB, fork", Kind::Memory, (16, 80), &["--freeze", "fork"]),
 ];
+/// From so many threads on a dump looks at them in the kernel's memory, and bpf(2) is not refused.
+const MANY: usize = 100;
 /// Calls whose number depends on how long others take.
 const WAITING: [i64; 9] = [
     libc::SYS_wait4,
@@ -70,7 +74,7 @@ struct Slack(f64, f64);
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// The torpor to count for; built from this tree when not given.
+    /// The torpor to count for; one with debug assertions, as tests are, is built from this tree when not given.
     #[arg(long)]
     torpor: Option<PathBuf>,
     /// Write the table anew, for machines that offer what this one does.
@@ -94,7 +98,7 @@ struct Part {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let torpor = torpor(arguments.torpor.as_ref())?;
+    let torpor = arguments.torpor.as_ref().map_or_else(build, |path| Ok(fs::canonicalize(path)?))?;
     adopt();
     // SAFETY: numbers, and a set of ours.
     unsafe {
@@ -106,6 +110,18 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let result = compare(arguments, &torpor, &dir);
     fs::remove_dir_all(&dir)?;
     result
+}
+
+/// The one that the tests are made with, however this program was built: with debug assertions there are calls more.
+fn build() -> anyhow::Result<PathBuf> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    ensure!(
+        Command::new(cargo).args(["build", "--quiet", "-p", "torpor"]).status()?.success(),
+        "torpor does not build"
+    );
+    let own = std::env::current_exe()?;
+    let all = own.parent().and_then(Path::parent).context("where programs are built")?;
+    Ok(all.join("debug/torpor"))
 }
 
 fn compare(arguments: &Arguments, torpor: &Path, dir: &Path) -> anyhow::Result<()> {
@@ -238,7 +254,7 @@ fn count(
     let args = args.into_iter().map(CString::new).collect::<Result<Vec<_>, _>>()?;
     let counted = (|| {
         let (faults_before, switches_before) = (faults(pid)?, switches(pid)?);
-        let traced = trace(&args)?;
+        let traced = trace(&args, kind == Kind::Sleeping && size >= MANY)?;
         // What was stopped goes back to sleep.
         std::thread::sleep(std::time::Duration::from_millis(20));
         anyhow::Ok((traced, faults(pid)? - faults_before, switches(pid)? - switches_before))
@@ -282,7 +298,7 @@ struct Traced {
 }
 
 /// Runs a program to its end and counts the system calls of all its threads and children.
-fn trace(args: &[CString]) -> anyhow::Result<Traced> {
+fn trace(args: &[CString], with_bpf: bool) -> anyhow::Result<Traced> {
     let pointers: Vec<*const libc::c_char> =
         args.iter().map(|a| a.as_ptr()).chain([std::ptr::null()]).collect();
     // SAFETY: the child makes system calls on memory that was made ready; this process has one thread.
@@ -290,7 +306,9 @@ fn trace(args: &[CString]) -> anyhow::Result<Traced> {
     if child == 0 {
         // SAFETY: as above.
         unsafe {
-            refuse_bpf();
+            if !with_bpf {
+                refuse_bpf();
+            }
             libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
             libc::raise(libc::SIGSTOP);
             libc::execv(pointers[0], pointers.as_ptr());
