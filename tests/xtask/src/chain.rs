@@ -92,7 +92,7 @@ pub(crate) fn links(pid: i32, length: usize, torpor: &Tool, dir: &Path) -> anyho
         dumps.push(Link {
             frozen: dump.freezing + dump.frozen,
             wall: dump.wall,
-            written: size_of_files(&image) as f64 / f64::from(1 << 20),
+            written: size_of_files(&image, |_| true) as f64 / f64::from(1 << 20),
             peak: dump.peak,
             behind: dump.behind,
         });
@@ -102,8 +102,9 @@ pub(crate) fn links(pid: i32, length: usize, torpor: &Tool, dir: &Path) -> anyho
     Ok(dumps)
 }
 
-/// Bytes of the files of a directory.
-pub(crate) fn size_of_files(dir: &Path) -> u64 {
+/// Bytes of the files of a directory with such names.
+pub(crate) fn size_of_files(dir: &Path, named: fn(&str) -> bool) -> u64 {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let entries = entries.filter(|e| e.file_name().to_str().is_some_and(named));
     entries.filter_map(|e| e.metadata().ok()).map(|m| m.len()).sum()
 }

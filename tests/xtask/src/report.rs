@@ -139,7 +139,7 @@ fn large(size: usize, tool: &Tool, dir: &Path) -> anyhow::Result<Table> {
 pub(crate) const DUMPS: [&str; 4] = ["freezing + frozen, ms", "dump, ms", "image, MiB", "restore, ms"];
 
 pub(crate) fn mib(image: &Path) -> f64 {
-    size_of_files(image) as f64 / f64::from(1 << 20)
+    size_of_files(image, |_| true) as f64 / f64::from(1 << 20)
 }
 
 /// A row of a dump that is not kept.
