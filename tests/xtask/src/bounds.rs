@@ -59,7 +59,9 @@ pub(crate) struct Ground<'a> {
 type Measure = fn(&Ground<'_>) -> anyhow::Result<Vec<f64>>;
 
 /// What, case and column it bounds, goal where it has one of its own, MiB of memory that it takes, and how it is measured.
-const BOUNDS: &[(&str, (&str, &str), &str, u64, Measure)] = &[
+type Mechanism = (&'static str, (&'static str, &'static str), &'static str, u64, Measure);
+
+const BOUNDS: &[Mechanism] = &[
     ("fork, execve, exit and wait of an empty program", ("4 MiB", "restore"), "", 64, start_empty),
     ("the same of `torpor --version`", ("4 MiB", "dump"), "< 2 ms", 64, start_torpor),
     (
@@ -128,7 +130,7 @@ const BOUNDS: &[(&str, (&str, &str), &str, u64, Measure)] = &[
 pub(crate) fn measure(rounds: usize, torpor: &Tool, dir: &Path) -> Vec<Bound> {
     let Tool::Torpor(torpor) = torpor else { return Vec::new() };
     let ground = Ground { rounds, dir, torpor };
-    let one = |(what, of, goal, memory, measure): &(&'static str, _, &'static str, u64, Measure)| {
+    let one = |(what, of, goal, memory, measure): &Mechanism| {
         let result = room::need(memory << 20, (memory << 20) / 2, dir).and_then(|()| measure(&ground));
         let (samples, failure) = match result {
             Ok(samples) => (Series::of(samples), None),
@@ -393,7 +395,7 @@ fn read_out(ground: &Ground<'_>) -> anyhow::Result<Vec<f64>> {
                 libc::pause();
             }
         }
-        libc::read(ends[0], (&mut [0u8]).as_mut_ptr().cast(), 1);
+        libc::read(ends[0], [0u8].as_mut_ptr().cast(), 1);
         child
     };
     let result = ground.times(|| {

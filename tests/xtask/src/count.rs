@@ -31,9 +31,10 @@ const CASES: &[(&str, Kind, usize, &[&str])] = &[
     ("a process of 4 MiB, fork", Kind::Memory, 4, &["--freeze", "fork"]),
     ("a process of 4 MiB, track", Kind::Memory, 4, &["--track"]),
 ];
+type Pair = (&'static str, Kind, (usize, usize), &'static [&'static str]);
 /// Name, what is dumped, in which two sizes, and with which options. As many threads as the kernel's memory is looked at for
 /// have bpf(2).
-const PAIRS: &[(&str, Kind, (usize, usize), &[&str])] = &[
+const PAIRS: &[Pair] = &[
     ("each thread", Kind::Sleeping, (10, 30), &["--freeze", "copy"]),
     ("each of many threads", Kind::Sleeping, (100, 300), &["--freeze", "copy"]),
     ("each area", Kind::Areas, (200, 1000), &["--freeze", "copy"]),

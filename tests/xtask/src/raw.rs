@@ -110,7 +110,7 @@ pub(crate) fn huge_tmpfs() -> anyhow::Result<OwnedFd> {
             "fsconfig: {}",
             io::Error::last_os_error()
         );
-        Ok(fd(libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), 1, 0)).context("fsmount")?)
+        fd(libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), 1, 0)).context("fsmount")
     }
 }
 
@@ -125,7 +125,7 @@ pub(crate) fn unnamed(directory: &OwnedFd) -> anyhow::Result<OwnedFd> {
             0o600,
         )
     };
-    Ok(fd(libc::c_long::from(got)).context("O_TMPFILE")?)
+    fd(libc::c_long::from(got)).context("O_TMPFILE")
 }
 
 /// Takes a descriptor of another process.

@@ -54,7 +54,10 @@ fn loaded(port: u16, server: &Child, tool: &Tool, dir: &Path) -> anyhow::Result<
 fn under_load(port: u16, pid: i32, client: &mut Client, tool: &Tool, dir: &Path) -> anyhow::Result<Table> {
     let columns = ["took, ms", "frozen, ms", "longest stall, ms", "served/s", "of what is served else"];
     let mut table = Table::new("redis, 1 GiB, under load", &columns);
-    let calm = watched(port, client, |_| Ok(std::thread::sleep(CALM)).map(|()| f64::NAN))?;
+    let calm = watched(port, client, |_| {
+        std::thread::sleep(CALM);
+        Ok(f64::NAN)
+    })?;
     let usual = calm.rate;
     let mut row = |name: &str, seen: &Seen| {
         table.row(name, vec![seen.took, seen.frozen, seen.stall, seen.rate, seen.rate / usual]);
