@@ -1,23 +1,29 @@
-//! `cargo xtask bench`: the cases, interleaved, as medians and ratios.
+//! `cargo xtask bench`: the cases, interleaved, as medians and parts of CRIU's, beside what is aimed at and what bounds it.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Context;
+use serde_json::{Value, json};
 
-use crate::picture;
+use crate::bounds::{self, Bound};
+use crate::cases::{Aim, CASES, COLUMNS, Case, GOALS, INCREMENTAL, LAZY};
 use crate::sample::{Sample, Tool, warm};
-use crate::victim::Kind;
+use crate::series::{Series, figure, part};
+use crate::{chain, goals, lazy, picture, room};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Samples of each case and tool.
-    #[arg(long, default_value_t = 7)]
+    /// Samples of each case and tool, where a case does not take fewer.
+    #[arg(long, default_value_t = usize::MAX, hide_default_value = true)]
     rounds: usize,
-    /// Only cases whose name contains this.
+    /// Only cases whose name contains this, and no bounds unless asked for; may be repeated.
     #[arg(long)]
-    case: Option<String>,
+    case: Vec<String>,
+    /// Only the bounds: what the mechanisms of the kernel take alone.
+    #[arg(long)]
+    bounds: bool,
     /// The torpor to measure; built from this tree when not given.
     #[arg(long)]
     torpor: Option<PathBuf>,
@@ -30,166 +36,207 @@ pub(crate) struct Arguments {
     /// Write everything that was measured to FILE.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Draw the frozen time against memory, for each way to freeze and for criu, into FILE (SVG).
+    /// Draw the frozen time against memory, for each way to freeze and for criu, into FILE (SVG) as well.
     #[arg(long, value_name = "FILE")]
     picture: Option<PathBuf>,
 }
 
-/// Name, what it is, memory to be made warm. `GOALS` names cases by these.
-const CASES: &[(&str, Kind, usize, usize)] = &[
-    ("4 MiB", Kind::Memory, 4, 64 << 20),
-    ("1 GiB", Kind::Memory, 1024, 4 << 30),
-    ("4 GiB", Kind::Memory, 4096, 12 << 30),
-    ("1 GiB, huge pages", Kind::Huge, 1024, 4 << 30),
-    ("1,000 sleeping threads", Kind::Sleeping, 1000, 256 << 20),
-    ("10 spinning threads", Kind::Spinning, 10, 64 << 20),
-    ("100 sleeping threads", Kind::Sleeping, 100, 64 << 20),
-    ("100 spinning threads", Kind::Spinning, 100, 64 << 20),
-    ("10,000 areas", Kind::Areas, 10_000, 256 << 20),
-    ("2,000 descriptors", Kind::Descriptors, 2000, 64 << 20),
-    ("50 processes of 4 MiB", Kind::Processes, 50, 1 << 30),
-    ("50 processes of 4 MiB, no huge pages", Kind::SmallPages, 50, 1 << 30),
-    ("200 processes of 4 MiB", Kind::Processes, 200, 3 << 30),
-    ("1,000 processes of 4 MiB", Kind::Processes, 1000, 12 << 30),
-    ("50 processes, 10,000 descriptors", Kind::Tables, 50, 256 << 20),
-    ("1,000 TCP connections", Kind::Connections, 1000, 256 << 20),
-];
+/// What one tool took for one case.
+#[derive(Debug)]
+pub(crate) struct Row {
+    pub(crate) case: String,
+    pub(crate) tool: &'static str,
+    pub(crate) columns: Vec<(&'static str, Series)>,
+    /// Why samples are missing.
+    pub(crate) failure: Option<String>,
+}
+
+impl Row {
+    /// The median of a column.
+    pub(crate) fn median(&self, column: &str) -> Option<f64> {
+        self.columns.iter().find(|(name, _)| *name == column)?.1.median()
+    }
+}
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    // SAFETY: prctl with numbers only. Restored victims become our children, to be ended and waited for.
-    unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
+    adopt();
     let mut tools = vec![Tool::Torpor(torpor(arguments.torpor.as_ref())?)];
     if let Some(criu) = arguments.criu.clone().or_else(|| on_path("criu")) {
         tools.push(Tool::Criu(criu));
     }
-    let parent = arguments.dir.clone().unwrap_or_else(std::env::temp_dir);
-    let dir = parent.join(format!("torpor-bench-{}", std::process::id()));
-    fs::create_dir(&dir).with_context(|| format!("cannot make `{}`", dir.display()))?;
-    let result = match &arguments.picture {
-        Some(file) => picture::draw(arguments.rounds, &tools, &dir, file),
-        None => measure(arguments, &tools, &dir),
+    let dir = directory(arguments.dir.as_deref())?;
+    let machine = room::machine(&dir);
+    println!("{machine}\n");
+    let rows = if arguments.bounds { Vec::new() } else { measure(arguments, &tools, &dir) };
+    let bounds = if arguments.bounds || arguments.case.is_empty() {
+        bounds::measure(arguments.rounds.min(5), &tools[0], &dir)
+    } else {
+        Vec::new()
     };
+    let verdicts = goals::judge(&rows);
+    goals::print(&verdicts);
+    tell_bounds(&bounds, &rows);
+    let mut drawn = Value::Null;
+    if let Some(file) = &arguments.picture {
+        drawn = picture::draw(arguments.rounds.min(3), &tools, &dir, file)?;
+    }
     fs::remove_dir_all(&dir)?;
-    result
-}
-
-/// A column of the table: its name, and what of a sample is in it.
-type Column = (&'static str, fn(&Sample) -> f64);
-
-/// A column for each of [`MODES`], and the others.
-const COLUMNS: [Column; 8] = [
-    ("freezing", |s| s.freezing),
-    ("frozen", |s| s.frozen),
-    ("left running, copy", |s| s.passing[0]),
-    ("left running, fork", |s| s.passing[1]),
-    ("dump", |s| s.dump),
-    ("restore", |s| s.restore),
-    ("dump, KiB", |s| s.dump_memory),
-    ("restore, KiB", |s| s.restore_memory),
-];
-
-/// Case, column, and the part of CRIU's median that is aimed at.
-const GOALS: &[(&str, &str, f64)] = &[
-    ("4 MiB", "frozen", 1.0 / 10.0),
-    ("4 MiB", "dump", 1.0 / 25.0),
-    ("4 MiB", "restore", 1.0 / 25.0),
-    ("1 GiB", "left running, copy", 1.0 / 6.0),
-    ("1 GiB", "left running, fork", 1.0 / 15.0),
-    ("1 GiB, huge pages", "left running, fork", 1.0 / 40.0),
-    ("1 GiB", "dump", 1.0 / 2.5),
-    ("1 GiB", "restore", 1.0 / 5.0),
-    ("4 GiB", "restore", 1.0 / 6.0),
-    ("10 spinning threads", "freezing", 1.0 / 100.0),
-    ("100 spinning threads", "freezing", 1.0 / 100.0),
-    ("1,000 sleeping threads", "frozen", 1.0 / 15.0),
-    ("10,000 areas", "frozen", 1.0 / 8.0),
-    ("2,000 descriptors", "frozen", 1.0 / 3.0),
-    ("50 processes of 4 MiB", "frozen", 1.0 / 5.0),
-    ("50 processes of 4 MiB", "restore", 1.0 / 8.0),
-];
-
-fn measure(arguments: &Arguments, tools: &[Tool], dir: &std::path::Path) -> anyhow::Result<()> {
-    let mut json = Vec::new();
-    let names: Vec<&str> = COLUMNS.iter().map(|(name, _)| *name).collect();
-    println!("| case | tool | {} |", names.join(" | "));
-    println!("|---|---|{}", "---|".repeat(names.len()));
-    let mut ratios = Vec::new();
-    for (name, kind, size, memory) in CASES {
-        if arguments.case.as_ref().is_some_and(|c| !name.contains(c.as_str())) {
-            continue;
-        }
-        let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); tools.len()];
-        let mut failures = vec![None; tools.len()];
-        for _ in 0..arguments.rounds {
-            for (i, tool) in tools.iter().enumerate() {
-                warm(*memory);
-                match tool.sample(*kind, *size, dir) {
-                    Ok(sample) => samples[i].push(sample),
-                    Err(e) => failures[i] = Some(format!("{e:#}")),
-                }
-            }
-        }
-        let sorted = |samples: &[Sample], of: fn(&Sample) -> f64| {
-            let mut values: Vec<f64> = samples.iter().map(of).collect();
-            values.sort_by(f64::total_cmp);
-            values
-        };
-        for ((tool, samples), failure) in tools.iter().zip(&samples).zip(&failures) {
-            let columns: Vec<Vec<f64>> = COLUMNS.iter().map(|(_, of)| sorted(samples, *of)).collect();
-            let mut row = serde_json::json!({ "case": name, "tool": tool.name(), "failure": failure });
-            for (name, values) in names.iter().zip(&columns) {
-                row[*name] = serde_json::json!(values);
-            }
-            json.push(row);
-            let cells: Vec<String> = columns.iter().map(|c| cell(c)).collect();
-            println!("| {name} | {} | {} |", tool.name(), cells.join(" | "));
-            if let Some(failure) = failure {
-                eprintln!("{} failed on {name}: {failure}", tool.name());
-            }
-        }
-        for (_, column, goal) in GOALS.iter().filter(|(case, ..)| case == name) {
-            let of = COLUMNS.iter().find(|(name, _)| name == column).context("a column")?.1;
-            let medians: Vec<Option<f64>> = samples.iter().map(|s| median(&sorted(s, of))).collect();
-            if let [Some(own), Some(its)] = medians[..] {
-                ratios.push((name, *column, own, its, *goal));
-            }
-        }
-    }
-    if !ratios.is_empty() {
-        println!("\n| case | what | torpor | criu | ratio | goal | |\n|---|---|---|---|---|---|---|");
-        for (case, what, own, its, goal) in ratios {
-            let (ratio, wanted) = (its / own, 1.0 / goal);
-            let met = if ratio >= wanted { "met" } else { "missed" };
-            println!("| {case} | {what} | {own:.1} | {its:.1} | 1/{ratio:.1} | 1/{wanted:.1} | {met} |");
-        }
-    }
     if let Some(file) = &arguments.json {
-        let all = serde_json::json!({ "unit": "ms, sorted", "rounds": arguments.rounds, "rows": json });
-        fs::write(file, serde_json::to_string_pretty(&all)?)?;
+        let all = json!({
+            "unit": "ms, or MiB where it says so; sorted",
+            "machine": machine,
+            "rows": rows.iter().map(Row::json).collect::<Vec<_>>(),
+            "goals": verdicts.iter().map(goals::Verdict::json).collect::<Vec<_>>(),
+            "bounds": bounds.iter().map(Bound::json).collect::<Vec<_>>(),
+            "picture": drawn,
+        });
+        fs::write(file, serde_json::to_string_pretty(&all)? + "\n")?;
     }
     Ok(())
 }
 
-/// The middle one of sorted values.
-pub(crate) fn median(sorted: &[f64]) -> Option<f64> {
-    sorted.get(sorted.len() / 2).copied()
+fn measure(arguments: &Arguments, tools: &[Tool], dir: &Path) -> Vec<Row> {
+    // A whole name means that case alone.
+    let named = |name: &str| {
+        let whole = |part: &str| CASES.iter().any(|case| case.name == part);
+        let fits = |part: &String| if whole(part) { name == part } else { name.contains(part.as_str()) };
+        arguments.case.iter().any(fits)
+    };
+    let wanted = |name: &str| arguments.case.is_empty() || named(name);
+    let mut rows = Vec::new();
+    let columns: Vec<&str> = COLUMNS.iter().map(|(name, _)| *name).collect();
+    println!("| case | tool | {} |", columns.join(" | "));
+    println!("|---|---|{}", "---|".repeat(columns.len()));
+    for case in CASES.iter().filter(|case| if case.named { named(case.name) } else { wanted(case.name) }) {
+        let memory = (case.memory as u64) << 20;
+        // What it has, what an image of it takes in the page cache, and what is made warm.
+        if let Err(why) = room::need(3 * memory + (64 << 20), 2 * memory + (64 << 20), dir) {
+            println!("| {} | | {why} |", case.name);
+            continue;
+        }
+        for row in case_rows(case, arguments.rounds.min(case.rounds), tools, dir) {
+            row.print();
+            rows.push(row);
+        }
+    }
+    println!();
+    for (name, kind) in INCREMENTAL {
+        if wanted(name) {
+            let chains = arguments.rounds.min(2);
+            keep(&mut rows, name, chain::measure(name, kind, chains, &tools[0], dir));
+        }
+    }
+    if wanted(LAZY) {
+        keep(&mut rows, LAZY, lazy::measure(arguments.rounds.min(7), &tools[0], dir));
+    }
+    rows
 }
 
-/// Median, and best to worst, in milliseconds.
-fn cell(sorted: &[f64]) -> String {
-    let (Some(best), Some(worst)) = (sorted.first(), sorted.last()) else { return "failed".into() };
-    format!("{:.1} ({best:.1}–{worst:.1})", sorted[sorted.len() / 2])
+/// Keeps a row with columns of its own, and prints it.
+fn keep(rows: &mut Vec<Row>, name: &str, row: anyhow::Result<Row>) {
+    match row {
+        Ok(row) => {
+            let heads: Vec<&str> = row.columns.iter().map(|(name, _)| *name).collect();
+            println!("\n| case | tool | {} |\n|---|---|{}", heads.join(" | "), "---|".repeat(heads.len()));
+            row.print();
+            rows.push(row);
+        }
+        Err(e) => println!("\n{name}: {e:#}"),
+    }
 }
 
-/// The torpor that was named, or else one built from this tree.
+/// The tools take turns; one that has failed twice has no more of them.
+fn case_rows(case: &Case, rounds: usize, tools: &[Tool], dir: &Path) -> Vec<Row> {
+    let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); tools.len()];
+    let mut failures: Vec<Vec<String>> = vec![Vec::new(); tools.len()];
+    for _ in 0..rounds {
+        for (i, tool) in tools.iter().enumerate() {
+            if failures[i].len() > 1 {
+                continue;
+            }
+            warm((case.memory << 20) * 2 + (64 << 20));
+            match tool.sample(case.kind, case.size, case.passing, dir) {
+                Ok(sample) => samples[i].push(sample),
+                Err(e) => failures[i].push(format!("{e:#}")),
+            }
+        }
+    }
+    let row = |((tool, samples), failures): ((&Tool, &Vec<Sample>), &Vec<String>)| Row {
+        case: case.name.to_owned(),
+        tool: tool.name(),
+        columns: COLUMNS.iter().map(|(name, of)| (*name, Series::of(samples.iter().map(of)))).collect(),
+        failure: failures.last().cloned(),
+    };
+    tools.iter().zip(&samples).zip(&failures).map(row).collect()
+}
+
+impl Row {
+    fn print(&self) {
+        let cells: Vec<String> = self.columns.iter().map(|(_, series)| series.cell()).collect();
+        println!("| {} | {} | {} |", self.case, self.tool, cells.join(" | "));
+        if let Some(failure) = &self.failure {
+            eprintln!("{} failed on {}: {failure}", self.tool, self.case);
+        }
+    }
+
+    fn json(&self) -> Value {
+        let columns: serde_json::Map<String, Value> =
+            self.columns.iter().map(|(name, series)| ((*name).to_owned(), json!(series.sorted()))).collect();
+        json!({ "case": self.case, "tool": self.tool, "failure": self.failure, "columns": columns })
+    }
+}
+
+/// The bounds, beside CRIU's median of what they bound, and what is aimed at.
+fn tell_bounds(bounds: &[Bound], rows: &[Row]) {
+    if bounds.is_empty() {
+        return;
+    }
+    println!(
+        "\n| the mechanism alone | ms | bounds | of CRIU's | goal | Torpor |\n|---|---|---|---|---|---|"
+    );
+    for bound in bounds {
+        let (case, column) = bound.of;
+        let find = |tool: &str| rows.iter().find(|r| r.case == case && r.tool == tool)?.median(column);
+        let median = bound.samples.median();
+        let of = median.zip(find("criu")).map_or("–".into(), |(own, its)| part(own / its));
+        let goal = GOALS.iter().find(|goal| (goal.0, goal.1) == bound.of).map(|goal| goal.2);
+        let goal = match goal {
+            _ if !bound.goal.is_empty() => bound.goal.to_owned(),
+            Some(Aim::Part(aim)) => part(aim),
+            Some(Aim::Most(most)) => format!("{most} ms"),
+            None => "–".to_owned(),
+        };
+        let own = find("torpor").map_or("–".into(), figure);
+        let what = bound.samples.cell();
+        let why = bound.failure.as_ref().map_or(String::new(), |why| format!(" ({why})"));
+        println!("| {} | {what}{why} | {case}: {column} | {of} | {goal} | {own} |", bound.what);
+    }
+}
+
+/// Restored victims become our children, to be ended and waited for.
+pub(crate) fn adopt() {
+    // SAFETY: prctl with numbers only.
+    unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
+}
+
+/// A directory for images and the like.
+pub(crate) fn directory(parent: Option<&Path>) -> anyhow::Result<PathBuf> {
+    let dir = parent.map_or_else(std::env::temp_dir, Path::to_owned);
+    let dir = dir.join(format!("torpor-bench-{}", std::process::id()));
+    fs::create_dir(&dir).with_context(|| format!("cannot make `{}`", dir.display()))?;
+    Ok(dir)
+}
+
+/// The torpor that was named, or else one built from this tree, as this program was.
 pub(crate) fn torpor(named: Option<&PathBuf>) -> anyhow::Result<PathBuf> {
     named.map_or_else(build, |path| Ok(fs::canonicalize(path)?))
 }
 
 fn build() -> anyhow::Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo).args(["build", "--quiet", "--release", "-p", "torpor"]).status()?;
-    anyhow::ensure!(status.success(), "torpor does not build");
+    let mut command = Command::new(cargo);
+    command.args(["build", "--quiet", "-p", "torpor"]).args((!cfg!(debug_assertions)).then_some("--release"));
+    anyhow::ensure!(command.status()?.success(), "torpor does not build");
     // The task itself was built into the same directory.
     Ok(std::env::current_exe()?.with_file_name("torpor"))
 }

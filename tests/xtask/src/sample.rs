@@ -1,4 +1,4 @@
-//! One measurement: a fresh victim, a dump, a restore, all by one tool.
+//! One measurement: a fresh victim, dumps of it, a restore, all by one tool.
 
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, ensure};
 
+use crate::command::{Ran, pids, run};
 use crate::victim::Kind;
 
 /// Who does it.
@@ -17,8 +18,8 @@ pub(crate) enum Tool {
     Criu(PathBuf),
 }
 
-/// Times in milliseconds.
-#[derive(Clone, Copy, Debug, Default)]
+/// Times in milliseconds, memory in MiB.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Sample {
     pub(crate) freezing: f64,
     pub(crate) frozen: f64,
@@ -26,9 +27,19 @@ pub(crate) struct Sample {
     pub(crate) passing: [f64; MODES.len()],
     pub(crate) dump: f64,
     pub(crate) restore: f64,
-    /// Most memory that the dump and the restore had at once, in KiB.
+    /// Most memory that the dump and the restore had at once.
     pub(crate) dump_memory: f64,
     pub(crate) restore_memory: f64,
+}
+
+/// What a dump took.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Dumped {
+    pub(crate) freezing: f64,
+    pub(crate) frozen: f64,
+    pub(crate) wall: f64,
+    pub(crate) peak: f64,
+    pub(crate) behind: f64,
 }
 
 /// Ways to freeze (`--freeze`) that are measured with processes that run on.
@@ -42,89 +53,90 @@ impl Tool {
         }
     }
 
-    /// Measures one dump and one restore of a fresh victim.
-    pub(crate) fn sample(&self, kind: Kind, size: usize, dir: &Path) -> anyhow::Result<Sample> {
-        let image = dir.join("image");
-        let _none = fs::remove_dir_all(&image);
-        fs::create_dir(&image)?;
+    /// Measures dumps and a restore of a fresh victim; without `passing` only of a dump that ends it.
+    pub(crate) fn sample(
+        &self,
+        kind: Kind,
+        size: usize,
+        passing: bool,
+        dir: &Path,
+    ) -> anyhow::Result<Sample> {
         let mut victim = start(kind, size, dir)?;
-        let pid = victim.id() as i32;
-        let result = self.cycle(&mut victim, pid, &image);
+        let result = self.cycle(&mut victim, passing, dir);
         end(victim);
         result
     }
 
-    /// How long a fresh victim stands still for a dump after which it runs on.
-    pub(crate) fn passing(&self, mode: &str, kind: Kind, size: usize, dir: &Path) -> anyhow::Result<f64> {
-        let image = dir.join("image");
-        let _none = fs::remove_dir_all(&image);
-        fs::create_dir(&image)?;
-        let victim = start(kind, size, dir)?;
-        let frozen = self.dump(&victim.id().to_string(), &image, Some(mode)).map(|sample| sample.frozen);
-        end(victim);
-        frozen
-    }
-
-    fn cycle(&self, victim: &mut Child, pid: i32, image: &Path) -> anyhow::Result<Sample> {
-        let id = pid.to_string();
-        let before = image.with_file_name("before");
-        let mut passing = [f64::NAN; MODES.len()];
-        for (mode, passing) in MODES.iter().zip(&mut passing) {
-            let _none = fs::remove_dir_all(&before);
-            fs::create_dir(&before)?;
-            *passing = self.dump(&id, &before, Some(mode))?.frozen;
-            fs::remove_dir_all(&before)?;
+    fn cycle(&self, victim: &mut Child, passing: bool, dir: &Path) -> anyhow::Result<Sample> {
+        let pid = victim.id() as i32;
+        let mut before = [f64::NAN; MODES.len()];
+        for (i, mode) in MODES.iter().enumerate().filter(|_| passing) {
+            before[i] = match self {
+                Tool::Criu(_) if i > 0 => before[0],
+                _ => self.dump(pid, &empty(dir, "before")?, &["--leave-running", "--freeze", mode])?.frozen,
+            };
         }
-        let mut sample = Sample { passing, ..self.dump(&id, image, None)? };
+        let _none = fs::remove_dir_all(dir.join("before"));
+        let image = empty(dir, "image")?;
+        let dump = self.dump(pid, &image, &[])?;
         victim.wait()?;
         reap_session(pid);
-        let begin = Instant::now();
-        sample.restore_memory = match self {
-            Tool::Torpor(path) => run(Command::new(path).args(["restore", "--detach"]).arg(image))?,
+        let restore = match self {
+            Tool::Torpor(path) => run(Command::new(path).args(["restore", "--detach"]).arg(&image))?,
             Tool::Criu(path) => {
                 let args = ["restore", "-v0", "-o", "restore.log", "-d", "--tcp-established", "-D"];
-                run(Command::new(path).args(args).arg(image))?
+                run(Command::new(path).args(args).arg(&image))?
             }
         };
-        sample.restore = ms(begin.elapsed());
-        if !Path::new(&format!("/proc/{pid}")).exists() {
-            bail!("nothing runs after the restore by {}", self.name());
-        }
-        Ok(sample)
+        ensure!(
+            Path::new(&format!("/proc/{pid}")).exists(),
+            "nothing runs after the restore by {}",
+            self.name()
+        );
+        Ok(Sample {
+            freezing: dump.freezing,
+            frozen: dump.frozen,
+            passing: before,
+            dump: dump.wall,
+            restore: restore.wall,
+            dump_memory: dump.peak,
+            restore_memory: restore.peak,
+        })
     }
-}
 
-impl Tool {
-    /// Dumps process `id`, and lets it run on, frozen in a way of [`MODES`], or ends it.
-    fn dump(&self, id: &str, image: &Path, runs_on: Option<&str>) -> anyhow::Result<Sample> {
-        let mut sample = Sample::default();
-        let begin = Instant::now();
+    /// Dumps a process with these options of Torpor's, of which CRIU gets what it knows.
+    pub(crate) fn dump(&self, pid: i32, image: &Path, options: &[&str]) -> anyhow::Result<Dumped> {
+        let id = pid.to_string();
         match self {
             Tool::Torpor(path) => {
-                let mut command = Command::new(path);
-                command.args(["dump", "--quiet"]);
-                if let Some(mode) = runs_on {
-                    command.args(["--leave-running", "--freeze", mode]);
-                }
-                sample.dump_memory = run(command.arg(id).arg(image))?;
-                sample.dump = ms(begin.elapsed());
-                let shown = Command::new(path).args(["show", "--json"]).arg(image).output()?;
-                let json: serde_json::Value = serde_json::from_slice(&shown.stdout)?;
-                let time = |name: &str| json["manifest"]["times"][name].as_f64().unwrap_or(f64::NAN) / 1e6;
-                (sample.freezing, sample.frozen) = (time("freezing"), time("frozen"));
+                let ran = run(Command::new(path).args(["dump", "--json"]).args(options).arg(id).arg(image))?;
+                let summary: serde_json::Value =
+                    serde_json::from_str(&ran.said).context("the summary of a dump")?;
+                let time = |name: &str| summary["times"][name].as_f64().unwrap_or(f64::NAN) / 1e6;
+                Ok(dumped(&ran, (time("freezing"), time("frozen"))))
             }
             Tool::Criu(path) => {
                 let mut command = Command::new(path);
                 command.args(["dump", "-v0", "-o", "dump.log", "--tcp-established"]);
-                command.args(runs_on.map(|_| "--leave-running")).args(["-t", id, "-D"]);
-                sample.dump_memory = run(command.arg(image))?;
-                sample.dump = ms(begin.elapsed());
-                let times = stats(&fs::read(image.join("stats-dump"))?).context("stats-dump")?;
-                (sample.freezing, sample.frozen) = times;
+                command.args(options.iter().filter(|option| **option == "--leave-running"));
+                let ran = run(command.args(["-t", &id, "-D"]).arg(image))?;
+                let times = statistics(&fs::read(image.join("stats-dump"))?).context("stats-dump")?;
+                Ok(dumped(&ran, times))
             }
         }
-        Ok(sample)
     }
+}
+
+fn dumped(ran: &Ran, (freezing, frozen): (f64, f64)) -> Dumped {
+    Dumped { freezing, frozen, wall: ran.wall, peak: ran.peak, behind: ran.behind }
+}
+
+/// An empty directory of that name.
+pub(crate) fn empty(dir: &Path, name: &str) -> anyhow::Result<PathBuf> {
+    let path = dir.join(name);
+    let _none = fs::remove_dir_all(&path);
+    fs::create_dir(&path)?;
+    Ok(path)
 }
 
 /// Touches and frees more memory than the sample needs: memory that has lain idle on a virtual machine is
@@ -140,34 +152,46 @@ pub(crate) fn warm(bytes: usize) {
     }
 }
 
+/// Starts a victim and waits until everything is there.
 pub(crate) fn start(kind: Kind, size: usize, dir: &Path) -> anyhow::Result<Child> {
+    begin(kind, size, dir, &[])
+}
+
+/// The same, of a victim that does nothing any more.
+pub(crate) fn start_still(kind: Kind, size: usize, dir: &Path) -> anyhow::Result<Child> {
+    begin(kind, size, dir, &["--still"])
+}
+
+fn begin(kind: Kind, size: usize, dir: &Path, options: &[&str]) -> anyhow::Result<Child> {
     let ready = dir.join("ready");
     let _none = fs::remove_file(&ready);
     let kind = clap::ValueEnum::to_possible_value(&kind).map(|v| v.get_name().to_owned());
     let mut command = Command::new(std::env::current_exe()?);
-    command
-        .args(["victim", &kind.unwrap_or_default(), &size.to_string()])
-        .arg(&ready)
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
+    command.args(["victim", &kind.unwrap_or_default(), &size.to_string()]).args(options).arg(&ready);
+    let child = alone(&mut command).spawn().context("starting a victim")?;
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !ready.exists() {
+        if Instant::now() > deadline {
+            end(child);
+            anyhow::bail!("the victim is not ready after two minutes");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    Ok(child)
+}
+
+/// A command in a session of its own, that has nothing of ours.
+pub(crate) fn alone(command: &mut Command) -> &mut Command {
+    command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     // SAFETY: between fork and exec, only calls that are safe there.
     unsafe {
         command.pre_exec(|| {
             libc::setsid();
             libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
             Ok(())
-        });
+        })
     }
-    let child = command.spawn().context("starting a victim")?;
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !ready.exists() {
-        anyhow::ensure!(Instant::now() < deadline, "the victim is not ready after a minute");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    std::thread::sleep(Duration::from_millis(50));
-    Ok(child)
 }
 
 /// Ends a victim and all that it has started.
@@ -181,46 +205,14 @@ pub(crate) fn end(victim: Child) {
     reap_session(pid);
 }
 
-/// Runs a command to its end. Gives the most memory it had at once, in KiB.
-fn run(command: &mut Command) -> anyhow::Result<f64> {
-    use std::os::unix::process::CommandExt;
-    let mut said = tempfile()?;
-    // SAFETY: it does nothing. With it the command is begun by fork(2); by vfork(2) it would count our own memory as its.
-    unsafe { command.pre_exec(|| Ok(())) };
-    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said.try_clone()?).spawn()?;
-    let mut status = 0;
-    // SAFETY: all zeros is a valid rusage; the kernel fills both places.
-    let usage = unsafe {
-        let mut usage: libc::rusage = std::mem::zeroed();
-        libc::wait4(child.id() as i32, &raw mut status, 0, &raw mut usage);
-        usage
-    };
-    if status != 0 {
-        use std::io::{Read, Seek};
-        let mut text = String::new();
-        said.rewind()?;
-        said.read_to_string(&mut text)?;
-        bail!("{command:?}: status {status:#x}: {text}");
-    }
-    Ok(usage.ru_maxrss as f64)
-}
-
-fn tempfile() -> anyhow::Result<fs::File> {
-    use std::os::unix::fs::OpenOptionsExt;
-    let mut options = fs::OpenOptions::new();
-    Ok(options.read(true).write(true).custom_flags(libc::O_TMPFILE).open(std::env::temp_dir())?)
-}
-
 /// Every process of a session.
-fn session(sid: i32) -> Vec<i32> {
-    let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = pids.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+pub(crate) fn session(sid: i32) -> Vec<i32> {
     // SAFETY: getsid takes a number.
-    pids.filter(|pid| unsafe { libc::getsid(*pid) } == sid).collect()
+    pids().into_iter().filter(|pid| unsafe { libc::getsid(*pid) } == sid).collect()
 }
 
 /// Waits for all of a dead session's members: this process is a subreaper.
-fn reap_session(sid: i32) {
+pub(crate) fn reap_session(sid: i32) {
     for pid in session(sid) {
         reap(pid);
     }
@@ -238,7 +230,7 @@ fn reap(pid: i32) {
 
 /// Freezing and frozen time of CRIU's statistics: two magic words, a length, and a protobuf message whose
 /// field 1 holds fields 1 (freezing) and 2 (frozen), in microseconds.
-fn stats(file: &[u8]) -> Option<(f64, f64)> {
+fn statistics(file: &[u8]) -> Option<(f64, f64)> {
     let mut rest = file.get(12..)?;
     let _tag = varint(&mut rest)?;
     let length = varint(&mut rest)? as usize;
@@ -267,8 +259,4 @@ fn varint(rest: &mut &[u8]) -> Option<u64> {
         }
     }
     None
-}
-
-fn ms(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1e3
 }

@@ -25,13 +25,26 @@ pub(crate) enum Kind {
     Descriptors,
     /// A process with `size - 1` children, each with 4 MiB of its own.
     Processes,
-    /// The same in areas that want no huge pages.
+    /// The same with 64 KiB each.
+    Crowd,
+    /// As [`Kind::Processes`], in areas that want no huge pages.
     SmallPages,
     /// The same without memory, each with 200 descriptors: files of its own, and pipes it has from its parent.
     Tables,
     /// `size` TCP connections between two processes, some with data on the way.
     Connections,
+    /// `size` MiB in small pages, random ones of which are written to: 10 in each millisecond, 40 MB/s.
+    Writing40,
+    /// The same, 130 in each millisecond: 530 MB/s.
+    Writing530,
+    /// `size` MiB in small pages, and a thread that looks at the clock all the time ([`GAPS`]).
+    Clock,
 }
+
+/// How many pauses a clock remembers: when it went on after each that was longer than [`GAP`], by CLOCK_MONOTONIC in
+/// nanoseconds. Where it does is in the file that says it is ready.
+pub(crate) const GAPS: usize = 64;
+const GAP: u64 = 20_000_000;
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -39,32 +52,104 @@ pub(crate) struct Arguments {
     size: usize,
     /// Made once everything is there.
     ready: PathBuf,
+    /// Sleep for ever then, rather than to wake up now and then.
+    #[arg(long)]
+    still: bool,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let size = arguments.size;
     match arguments.kind {
-        Kind::Memory => memory(size << 20, libc::MADV_NORMAL)?,
-        Kind::Huge => memory(size << 20, libc::MADV_HUGEPAGE)?,
+        Kind::Memory => drop(memory(size << 20, libc::MADV_NORMAL)?),
+        Kind::Huge => drop(memory(size << 20, libc::MADV_HUGEPAGE)?),
         Kind::Sleeping => threads(size, || std::thread::sleep(Duration::from_secs(3600)))?,
         Kind::Spinning => threads(size, std::hint::spin_loop)?,
         Kind::Areas => areas(size)?,
         Kind::Descriptors => descriptors(size)?,
-        Kind::Processes => children(size, || memory(4 << 20, libc::MADV_NORMAL))?,
-        Kind::SmallPages => children(size, || memory(4 << 20, libc::MADV_NOHUGEPAGE))?,
+        Kind::Processes => children(size, || memory(4 << 20, libc::MADV_NORMAL).map(drop))?,
+        Kind::Crowd => children(size, || memory(64 << 10, libc::MADV_NORMAL).map(drop))?,
+        Kind::SmallPages => children(size, || memory(4 << 20, libc::MADV_NOHUGEPAGE).map(drop))?,
         Kind::Tables => {
             descriptors(100)?;
             children(size, || descriptors(100))?;
         }
         Kind::Connections => connections(size)?,
+        Kind::Writing40 => writing(size << 20, 10)?,
+        Kind::Writing530 => writing(size << 20, 130)?,
+        Kind::Clock => {
+            memory(size << 20, libc::MADV_NORMAL)?;
+            clock(&arguments.ready)?;
+        }
     }
     File::create(&arguments.ready).context("cannot say that everything is there")?;
     loop {
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(if arguments.still {
+            Duration::from_secs(3600)
+        } else {
+            Duration::from_millis(20)
+        });
     }
 }
 
-fn memory(length: usize, advice: i32) -> anyhow::Result<()> {
+/// Writes to so many random pages in each millisecond, from a thread of its own.
+fn writing(length: usize, pages: usize) -> anyhow::Result<()> {
+    let start = memory(length, libc::MADV_NOHUGEPAGE)? as usize;
+    std::thread::spawn(move || {
+        let mut x = 88_172_645_463_325_252u64;
+        let begin = std::time::Instant::now();
+        let mut written = 0;
+        loop {
+            let due = begin.elapsed().as_millis() as usize * pages;
+            // What was missed while it stood is not made up for.
+            written = written.max(due.saturating_sub(10 * pages));
+            while written < due {
+                x = next(x);
+                let at = start + (x as usize % (length / 4096)) * 4096;
+                // SAFETY: in the mapping, which is never unmapped and which nobody else looks at.
+                unsafe { (at as *mut u64).write_volatile(x) };
+                written += 1;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    });
+    Ok(())
+}
+
+/// Looks at the clock for ever.
+fn clock(ready: &std::path::Path) -> anyhow::Result<()> {
+    let gaps = map(GAPS * 8, libc::PROT_READ | libc::PROT_WRITE)?.cast::<u64>();
+    let unfinished = ready.with_extension("unfinished");
+    std::fs::write(&unfinished, format!("{}", gaps as usize))?;
+    std::fs::rename(&unfinished, ready)?;
+    let (mut last, mut n) = (now(), 0);
+    loop {
+        let time = now();
+        if time - last > GAP {
+            // SAFETY: within the mapping just made, which is never unmapped.
+            unsafe { gaps.add(n % GAPS).write_volatile(time) };
+            n += 1;
+        }
+        last = time;
+    }
+}
+
+/// CLOCK_MONOTONIC in nanoseconds.
+pub(crate) fn now() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: a place for one time.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
+}
+
+/// Random numbers (xorshift).
+pub(crate) fn next(mut x: u64) -> u64 {
+    x ^= x << 13;
+    x ^= x >> 7;
+    x ^ (x << 17)
+}
+
+/// Memory with nothing in it that is zero.
+pub(crate) fn memory(length: usize, advice: i32) -> anyhow::Result<*mut libc::c_void> {
     let start = map(length, libc::PROT_READ | libc::PROT_WRITE)?;
     // SAFETY: the mapping was just made, is of that length and never unmapped.
     let words = unsafe {
@@ -73,12 +158,10 @@ fn memory(length: usize, advice: i32) -> anyhow::Result<()> {
     };
     let mut x = 88_172_645_463_325_252u64;
     for word in words {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
+        x = next(x);
         *word = x;
     }
-    Ok(())
+    Ok(start)
 }
 
 fn threads(count: usize, work: fn()) -> anyhow::Result<()> {
@@ -134,7 +217,7 @@ fn children(size: usize, work: fn() -> anyhow::Result<()>) -> anyhow::Result<()>
             // SAFETY: one byte of ours goes into the pipe.
             unsafe { libc::write(ready[1], [u8::from(done)].as_ptr().cast(), 1) };
             loop {
-                std::thread::sleep(Duration::from_secs(1));
+                std::thread::sleep(Duration::from_secs(3600));
             }
         }
     }
@@ -185,7 +268,7 @@ fn connections(count: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn map(length: usize, protection: i32) -> anyhow::Result<*mut libc::c_void> {
+pub(crate) fn map(length: usize, protection: i32) -> anyhow::Result<*mut libc::c_void> {
     // SAFETY: a new mapping wherever the kernel likes.
     let start = unsafe {
         libc::mmap(std::ptr::null_mut(), length, protection, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
