@@ -188,6 +188,9 @@ pub(crate) fn alone(command: &mut Command) -> &mut Command {
     unsafe {
         command.pre_exec(|| {
             libc::setsid();
+            // Threads that spin at a priority that this program was given would stop the machine.
+            let usual = libc::sched_param { sched_priority: 0 };
+            libc::sched_setscheduler(0, libc::SCHED_OTHER, &raw const usual);
             libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
             Ok(())
         })
