@@ -197,15 +197,19 @@ pub(crate) fn survey(collector: &mut Collector, pid: Pid) {
     stuck(collector, pid, asleep);
 }
 
-/// How long a thread may sleep where nothing can interrupt it before a dump is not even tried.
+/// How long a thread may sleep where nothing can interrupt it before a dump is not even tried, if others leave it a
+/// processor: where many want to run, so does who holds what it waits for.
 const STUCK: Duration = Duration::from_millis(500);
+/// As many times as long at most.
+const CROWDED: u32 = 20;
 
 /// Refuses threads that cannot be stopped: while one is waited for, all others would stand. What waits for a vfork
 /// child is another matter (`survey`).
 fn stuck(collector: &mut Collector, pid: Pid, mut asleep: Vec<(Tid, Option<u64>)>) {
     asleep.retain(|(tid, runs)| runs.is_some() && !freeze::waits_for_vfork(pid, *tid));
     let begin = Instant::now();
-    while !asleep.is_empty() && begin.elapsed() < STUCK {
+    let patience = STUCK * process::crowd().clamp(1, CROWDED);
+    while !asleep.is_empty() && begin.elapsed() < patience {
         std::thread::sleep(Duration::from_millis(5));
         asleep.retain(|(tid, before)| {
             status::of_task(pid, *tid).is_ok_and(|s| s.state == 'D') && runs(pid, *tid) == *before
@@ -217,7 +221,7 @@ fn stuck(collector: &mut Collector, pid: Pid, mut asleep: Vec<(Tid, Option<u64>)
             format!(
                 "it has been inside the kernel for more than {} ms where nothing interrupts it (state D), as on a \
                  hanging file system, and cannot be stopped meanwhile",
-                STUCK.as_millis()
+                patience.as_millis()
             ),
             "try again when that call has returned",
         );

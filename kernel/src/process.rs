@@ -122,6 +122,17 @@ pub fn tasks_of_all_users() -> Option<u64> {
     number(field.splitn(2, |b| *b == b'/').nth(1)?)
 }
 
+/// How many tasks want to run for each processor at this moment; 1 where it is not told.
+pub fn crowd() -> u32 {
+    let running = || {
+        let text = read("/proc/loadavg").ok()?;
+        let field = text.split(u8::is_ascii_whitespace).nth(3)?;
+        number::<u32>(field.split(|b| *b == b'/').next()?)
+    };
+    let processors = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    running().map_or(1, |running| running.div_ceil(processors))
+}
+
 /// How many tasks have this real user. Takes a look at every process.
 pub fn tasks_of_user(uid: u32) -> u64 {
     let all = std::fs::read_dir("/proc").into_iter().flatten().flatten();

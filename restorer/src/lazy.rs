@@ -6,7 +6,7 @@
 //! areas (their pages must be there), stacks that grow, and small areas, which are not worth a fault.
 //!
 //! An area is registered whole or not at all: the flag is the area's, and areas that differ in it are not one to
-//! mremap(2). Each task makes its descriptor itself, as it is bound to the memory of who makes it; it is taken
+//! mremap(2). So are areas that touch one: what mprotect(2) has made two of may become one again. Each task makes its descriptor itself, as it is bound to the memory of who makes it; it is taken
 //! from there, and gone from the task when its own descriptors are in place.
 
 mod guard;
@@ -110,12 +110,18 @@ pub(crate) fn plan(script: &mut Script, task: &Task, records: Vec<Record>) -> Op
         return None;
     }
     let made = call!(script, "a userfaultfd", libc::SYS_userfaultfd, Userfaultfd::FLAGS);
-    let holds = |v: &&Vma| {
-        let first = records.partition_point(|r| r.address + r.length <= v.start);
-        records.get(first).is_some_and(|r| r.address < v.end)
+    let areas = task.memory.vmas.iter().filter(|v| may_wait(v));
+    let areas: Vec<(u64, u64)> = areas.map(|v| (v.start, v.end)).collect();
+    Some(Deferred { made, areas: registered(&areas, &records), records })
+}
+
+/// The areas that hold records, and those that touch them, one behind the other.
+fn registered(areas: &[(u64, u64)], records: &[Record]) -> Vec<(u64, u64)> {
+    let holds = |&(start, end): &(u64, u64)| {
+        let first = records.partition_point(|r| r.address + r.length <= start);
+        records.get(first).is_some_and(|r| r.address < end)
     };
-    let areas = task.memory.vmas.iter().filter(holds).map(|v| (v.start, v.end)).collect();
-    Some(Deferred { made, areas, records })
+    areas.chunk_by(|a, b| a.1 == b.0).filter(|all| all.iter().any(holds)).flatten().copied().collect()
 }
 
 /// Whether this machine lets us serve memory of others; why not, if not.
@@ -174,6 +180,14 @@ fn without(record: &Record, start: u64, end: u64) -> Vec<Record> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn areas_that_touch_are_registered_together() {
+        let areas = [(0x1000, 0x2000), (0x2000, 0x3000), (0x3000, 0x5000), (0x6000, 0x7000)];
+        let records = [Record { address: 0x3000, length: 0x1000, place: Where::Data, file: 0, offset: 0 }];
+        assert_eq!(registered(&areas, &records), areas[..3]);
+        assert_eq!(registered(&areas, &[]), []);
+    }
 
     #[test]
     fn what_waits_is_left_out() {

@@ -19,8 +19,8 @@ use crate::vma::{Begin, Early};
 use crate::{crew, lazy};
 
 const HUGE: u64 = 2 << 20;
-/// Memory that is made of huge pages by one call.
-const COLLAPSED: u64 = 512 << 20;
+/// Memory that is made of huge pages by one call, while what was made by the one before is read.
+const COLLAPSED: u64 = 64 << 20;
 /// Processes with less that could be of huge pages are as well off without: for each call all processors are waited for.
 const ENOUGH: u64 = 16 << 20;
 /// Below this a population call costs more than the faults it saves.

@@ -154,7 +154,8 @@ fn case_rows(case: &Case, rounds: usize, tools: &[Tool], dir: &Path) -> Vec<Row>
             if failures[i].len() > 1 {
                 continue;
             }
-            warm((case.memory << 20) * 2 + (64 << 20));
+            // The victim, images in the page cache, what is restored, and as much again that was given back meanwhile.
+            warm(((case.memory << 20) * 4).min(12 << 30) + (64 << 20));
             match tool.sample(case.kind, case.size, case.passing, dir) {
                 Ok(sample) => samples[i].push(sample),
                 Err(e) => failures[i].push(format!("{e:#}")),

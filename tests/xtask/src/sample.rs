@@ -81,6 +81,8 @@ impl Tool {
         let dump = self.dump(pid, &image, &[])?;
         victim.wait()?;
         reap_session(pid);
+        // What the victim had may have gone cold while its image was written; as much of it is needed again.
+        warm(bytes_of(&image) * 2);
         let restore = match self {
             Tool::Torpor(path) => run(Command::new(path).args(["restore", "--detach"]).arg(&image))?,
             Tool::Criu(path) => {
@@ -195,6 +197,12 @@ pub(crate) fn alone(command: &mut Command) -> &mut Command {
             Ok(())
         })
     }
+}
+
+/// Bytes of the files of a directory.
+fn bytes_of(dir: &Path) -> usize {
+    let files = fs::read_dir(dir).into_iter().flatten().flatten();
+    files.filter_map(|file| file.metadata().ok()).map(|m| m.len() as usize).sum()
 }
 
 /// Ends a victim and all that it has started.
