@@ -207,6 +207,9 @@ const CROWDED: u32 = 20;
 /// child is another matter (`survey`).
 fn stuck(collector: &mut Collector, pid: Pid, mut asleep: Vec<(Tid, Option<u64>)>) {
     asleep.retain(|(tid, runs)| runs.is_some() && !freeze::waits_for_vfork(pid, *tid));
+    if asleep.is_empty() {
+        return;
+    }
     let begin = Instant::now();
     let patience = STUCK * process::crowd().clamp(1, CROWDED);
     while !asleep.is_empty() && begin.elapsed() < patience {
