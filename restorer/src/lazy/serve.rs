@@ -405,7 +405,8 @@ impl Shared {
         if queue.filling >= queue.fillers {
             return false;
         }
-        let settled = queue.last_fault.is_none_or(|at| at.elapsed() > SETTLED);
+        // It may not have had a processor yet.
+        let settled = queue.last_fault.unwrap_or(running).elapsed() > SETTLED;
         !self.record || settled || running.elapsed() > RECORDED
     }
 
