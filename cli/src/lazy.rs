@@ -115,10 +115,9 @@ pub(crate) fn stay(told: Told, serving: Option<Serving>, record: Option<&Path>) 
     finish(serving, record).inspect_err(|e| log(&format!("torpor: {e}")))
 }
 
-/// Waits until all memory is there, and writes down what was needed first.
+/// Waits until all memory is there, and writes down what was needed first: nothing, if nothing could wait.
 pub(crate) fn finish(serving: Option<Serving>, record: Option<&Path>) -> anyhow::Result<Exit> {
-    let Some(serving) = serving else { return Ok(Exit::Ok) };
-    let touched = serving.wait()?;
+    let touched = serving.map_or(Ok(Vec::new()), Serving::wait)?;
     if let Some(path) = record {
         let text = print(&touched);
         std::fs::write(path, text)
