@@ -9,7 +9,9 @@
 //! thread's end (kernel/exit.c, `exit_notify`), closes descriptors a moment before that if no other thread has them
 //! (`exit_files`), but looks at the futexes that a thread holds first of all (`exit_mm_release`), before it takes its
 //! memory apart. So the child waits for a futex of the tracing thread's robust list, at whose end the kernel wakes
-//! it (Documentation/locking/robust-futex-ABI.rst), and does so with a real-time priority where it may.
+//! it (Documentation/locking/robust-futex-ABI.rst), and does so with a real-time priority where it may. Another
+//! processor may not be running at all just then (a virtual one, on a busy host), so what is put back in a moment is put
+//! back on the very processor on which we end: the child takes it from us, with all that we still trace standing.
 //!
 //! Where the target is to end, one process must not end without the others, nor what they held be undone. That is decided
 //! by one word, written when the image is complete: from then on nothing is put back any more, and the child, not we, ends
@@ -24,7 +26,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::errno::Errno;
-use torpor_kernel::priority::urgent;
+use torpor_kernel::priority::{Stay, urgent};
 
 use crate::robust::{Held, wake};
 
@@ -73,17 +75,24 @@ pub(crate) struct Guardian {
     held: Held,
     /// Whether it has been told to end the processes, and has done so.
     stays: bool,
+    /// On the processor where it is as well.
+    stay: Option<Stay>,
     _bound_to_thread: PhantomData<*const ()>,
 }
 
 impl Guardian {
-    /// Starts it; from now on everything of `undo` happens when we end.
+    /// Starts it for a moment; from now on everything of `undo` happens when we end. Until it is dropped this thread
+    /// stays on one processor.
     pub(crate) fn start(undo: &[Undo]) -> Result<Self, Errno> {
-        Self::start_for(undo, &[])
+        Self::start_with(undo, &[], Stay::here())
     }
 
     /// Likewise, for processes (by their pidfds) that shall [`Guardian::end`].
     pub(crate) fn start_for(undo: &[Undo], processes: &[OwnedFd]) -> Result<Self, Errno> {
+        Self::start_with(undo, processes, None)
+    }
+
+    fn start_with(undo: &[Undo], processes: &[OwnedFd], stay: Option<Stay>) -> Result<Self, Errno> {
         let programs = programs(undo);
         let calls = calls(undo, &programs);
         let processes: Vec<i32> = processes.iter().map(AsRawFd::as_raw_fd).collect();
@@ -93,7 +102,8 @@ impl Guardian {
         keep.dedup();
         let held = Held::new()?;
         held.word(ANSWERED).store(NONE, Ordering::SeqCst);
-        let work = Work { keep: &keep, undo: &calls, processes: &processes, held: &held };
+        let work =
+            Work { keep: &keep, undo: &calls, processes: &processes, held: &held, stay: stay.as_ref() };
         // SAFETY: an all-zero sigset_t is a valid one.
         let (mut all, mut before): (libc::sigset_t, libc::sigset_t) = unsafe { std::mem::zeroed() };
         // SAFETY: two sets of ours.
@@ -114,9 +124,12 @@ impl Guardian {
         if pid < 0 {
             return Err(errno);
         }
-        let guardian = Guardian { pid: pid as i32, held, stays: false, _bound_to_thread: PhantomData };
+        let mut guardian =
+            Guardian { pid: pid as i32, held, stays: false, stay, _bound_to_thread: PhantomData };
         // On a busy machine it may be long until it has its first turn, and with that its priority.
-        guardian.await_word(READY, 0)?;
+        if guardian.await_word(READY, 0)? != FIRST {
+            guardian.stay = None;
+        }
         Ok(guardian)
     }
 
@@ -185,6 +198,9 @@ impl Drop for Guardian {
 const ORDER: usize = 0;
 const ANSWERED: usize = 1;
 const READY: usize = 2;
+/// In [`READY`]: it comes before whatever else wants its processor, or when the kernel thinks best.
+const FIRST: u32 = 2;
+const SOMETIME: u32 = 1;
 
 fn programs(options: &[Undo]) -> Vec<libc::sock_fprog> {
     options
@@ -241,6 +257,7 @@ struct Work<'w> {
     undo: &'w [Call],
     processes: &'w [i32],
     held: &'w Held,
+    stay: Option<&'w Stay>,
 }
 
 impl Work<'_> {
@@ -252,7 +269,11 @@ impl Work<'_> {
             libc::syscall(libc::SYS_setsid);
             libc::syscall(libc::SYS_chdir, c"/".as_ptr());
             libc::syscall(libc::SYS_prctl, libc::PR_SET_NAME, c"tcp-guardian".as_ptr(), 0, 0, 0);
-            urgent();
+            let ready = if urgent() { FIRST } else { SOMETIME };
+            if let Some(stay) = self.stay.filter(|_| ready != FIRST) {
+                // There it would wait until we are gone for good.
+                stay.leave();
+            }
             let mut from = 0u32;
             for fd in self.keep {
                 let fd = fd.cast_unsigned();
@@ -262,7 +283,7 @@ impl Work<'_> {
                 from = fd + 1;
             }
             libc::syscall(libc::SYS_close_range, from, u32::MAX, 0);
-            self.held.word(READY).store(1, Ordering::SeqCst);
+            self.held.word(READY).store(ready, Ordering::SeqCst);
             wake(self.held.word(READY));
             self.held.wait();
             if self.held.word(ORDER).load(Ordering::SeqCst) == order::END && self.end() {

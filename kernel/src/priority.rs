@@ -44,10 +44,61 @@ impl Drop for RealTime {
 }
 
 /// Gives this thread real-time priority for good: for a process that puts back what a program must not meet when it
-/// goes on. Calls nothing but the kernel.
-pub fn urgent() {
+/// goes on. Calls nothing but the kernel. Whether it is given.
+pub fn urgent() -> bool {
     let high = libc::sched_param { sched_priority: 2 };
     // SAFETY: `high` is a sched_param of ours.
-    let _not_allowed =
-        unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_FIFO, &raw const high) };
+    unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_FIFO, &raw const high) == 0 }
+}
+
+/// This thread stays on the processor where it is, and children that it makes with it, until this is dropped
+/// (sched_setaffinity(2)).
+#[derive(Debug)]
+#[must_use]
+pub struct Stay {
+    before: Vec<u8>,
+}
+
+impl Stay {
+    /// Nothing if that cannot be.
+    pub fn here() -> Option<Self> {
+        // SAFETY: takes nothing.
+        let cpu = usize::try_from(unsafe { libc::sched_getcpu() }).ok()?;
+        let before = crate::process::affinity(crate::Tid(nix::unistd::gettid().as_raw())).ok()?;
+        let mut one = vec![0; before.len()];
+        *one.get_mut(cpu / 8)? |= 1 << (cpu % 8);
+        let stay = Stay { before };
+        set_affinity(&one).then_some(stay)
+    }
+
+    /// May go elsewhere again. Calls nothing but the kernel.
+    pub fn leave(&self) {
+        set_affinity(&self.before);
+    }
+}
+
+impl Drop for Stay {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+fn set_affinity(mask: &[u8]) -> bool {
+    // SAFETY: the mask is as long as it says.
+    unsafe { libc::syscall(libc::SYS_sched_setaffinity, 0, mask.len(), mask.as_ptr()) == 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_stays_for_a_while() {
+        let own = || crate::process::affinity(crate::Tid(nix::unistd::gettid().as_raw())).unwrap();
+        let before = own();
+        let stay = Stay::here().unwrap();
+        assert_eq!(own().iter().map(|b| b.count_ones()).sum::<u32>(), 1);
+        drop(stay);
+        assert_eq!(own(), before);
+    }
 }
