@@ -223,8 +223,8 @@ fn looks(
     areas: &Areas,
 ) -> Result<(Vec<Vec<Found>>, Vec<Outside>)> {
     let areas = areas.confirmed(opened.iter().map(|o| o.pid));
-    let all: Vec<(&Frozen, &Opened)> = stopped.processes.iter().zip(opened).collect();
-    let all: Vec<(Pid, Pid)> = all.into_iter().map(|(process, opened)| (process.pid(), opened.pid)).collect();
+    let all: Vec<(Pid, Pid)> =
+        stopped.processes.iter().zip(opened).map(|(process, opened)| (process.pid(), opened.pid)).collect();
     let look = |&(own, pid): &(Pid, Pid)| task::look(own, pid, areas.get(&pid).copied());
     let own = |(_, shares): &(_, &Shares)| shares.descriptors.is_none();
     let mut found =

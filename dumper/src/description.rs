@@ -11,7 +11,7 @@ use torpor_image::lock::{Flock, OfdLock, PosixLock};
 use torpor_image::task::Descriptor;
 use torpor_image::{Bytes, DescriptionId};
 use torpor_kernel::fdinfo::{Detail, FdInfo, LockKind};
-use torpor_kernel::fds::{self, KcmpType, Shown};
+use torpor_kernel::fds::{self, KcmpType};
 use torpor_kernel::ids::Pid;
 
 use crate::collect::{Collector, Known};
@@ -77,11 +77,8 @@ pub(crate) struct Table {
 
 /// Every descriptor of these processes. One that vanishes meanwhile, as happens to a running process, is left out.
 pub(crate) fn look(all: &[&Opened]) -> Result<Vec<Vec<Found>>> {
-    let shown = |opened: &&Opened| {
-        Shown::open(opened.pid).map_err(Error::looking(opened.pid, "listing its descriptors"))
-    };
-    let all = all.iter().map(|o| Ok((*o, shown(o)?))).collect::<Result<Vec<_>>>()?;
-    let of = |(opened, shown): &(&Opened, Shown), range: Range<usize>| {
+    let of = |opened: &&Opened, range: Range<usize>| {
+        let shown = &opened.shown;
         let mut all = Vec::with_capacity(range.len());
         for (fd, link) in &opened.fds[range] {
             let look = || {
@@ -96,7 +93,7 @@ pub(crate) fn look(all: &[&Opened]) -> Result<Vec<Vec<Found>>> {
         }
         Ok(all)
     };
-    workers::parts(&all, |(opened, _)| opened.fds.len(), of)
+    workers::parts(all, |opened| opened.fds.len(), of)
 }
 
 /// Whether an error says that a descriptor is there no more, or its process.

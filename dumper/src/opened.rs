@@ -14,6 +14,7 @@ pub(crate) struct Opened {
     pub(crate) pid: Pid,
     /// Number and link of each (proc_pid_fd(5)).
     pub(crate) fds: Vec<(i32, Vec<u8>)>,
+    pub(crate) shown: Shown,
 }
 
 impl Opened {
@@ -25,8 +26,8 @@ impl Opened {
     /// The same of many.
     pub(crate) fn read_all(pids: &[Pid]) -> Result<Vec<Self>> {
         let list = |pid: &Pid| {
-            let fail = || Error::looking(*pid, "listing its descriptors");
-            Ok((*pid, Shown::open(*pid).map_err(fail())?, fds::list(*pid).map_err(fail())?))
+            let all = fds::list(*pid).map_err(Error::looking(*pid, "listing its descriptors"))?;
+            Ok((*pid, Shown::of(*pid, all.len()), all))
         };
         let tables = workers::each(pids, list).into_iter().collect::<Result<Vec<_>>>()?;
         let of = |(pid, shown, all): &(Pid, Shown, Vec<i32>), range: Range<usize>| {
@@ -41,7 +42,8 @@ impl Opened {
             Ok(fds)
         };
         let fds = workers::parts(&tables, |(_, _, all)| all.len(), of)?;
-        Ok(tables.into_iter().zip(fds).map(|((pid, ..), fds)| Opened { pid, fds }).collect())
+        let all = tables.into_iter().zip(fds);
+        Ok(all.map(|((pid, shown, _), fds)| Opened { pid, fds, shown }).collect())
     }
 
     /// Inode numbers of its sockets.

@@ -17,44 +17,49 @@ use crate::fdinfo::FdInfo;
 use crate::text::{list_numbers, readlink as read_link, readlink_at};
 use crate::{Error, Pid, Result};
 
-/// The directories of /proc that show a table of descriptors: for looking at many, each way from the root costs as much
-/// as the look itself.
+/// A table of descriptors, as /proc shows it. Where there are many, its directories are held open: each way from the root
+/// costs as much as the look itself.
 #[derive(Debug)]
 pub struct Shown {
     pid: Pid,
-    links: OwnedFd,
-    infos: OwnedFd,
+    /// Of links, and of what else is told.
+    directories: Option<(OwnedFd, OwnedFd)>,
 }
 
+/// From how many descriptors on it is worth two of our own.
+const MANY: usize = 32;
+
 impl Shown {
-    /// Opens them.
-    pub fn open(pid: Pid) -> Result<Self> {
-        let dir = |name: &str| {
-            let path = format!("/proc/{pid}/{name}");
+    /// Of a process with `count` descriptors.
+    pub fn of(pid: Pid, count: usize) -> Self {
+        let directory = |name: &str| {
             let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-            nix::fcntl::open(path.as_str(), flags, Mode::empty())
-                .map_err(|errno| Error::syscall("open", path, errno))
+            nix::fcntl::open(format!("/proc/{pid}/{name}").as_str(), flags, Mode::empty()).ok()
         };
-        Ok(Shown { pid, links: dir("fd")?, infos: dir("fdinfo")? })
+        let directories = || Some((directory("fd")?, directory("fdinfo")?));
+        Shown { pid, directories: if count >= MANY { directories() } else { None } }
     }
 
     /// See [`readlink`].
     pub fn readlink(&self, fd: i32) -> Result<Vec<u8>> {
-        readlink_at(self.links.as_fd(), &name(fd))
+        let Some((links, _)) = &self.directories else { return readlink(self.pid, fd) };
+        readlink_at(links.as_fd(), &name(fd))
             .map_err(|error| Error::io("readlink", format!("/proc/{}/fd/{fd}", self.pid), &error))
     }
 
     /// See [`stat`].
     pub fn stat(&self, fd: i32) -> Result<FileStat> {
-        nix::sys::stat::fstatat(&self.links, name(fd).as_c_str(), AtFlags::empty())
+        let Some((links, _)) = &self.directories else { return stat(self.pid, fd) };
+        nix::sys::stat::fstatat(links, name(fd).as_c_str(), AtFlags::empty())
             .map_err(|errno| Error::syscall("fstatat", format!("/proc/{}/fd/{fd}", self.pid), errno))
     }
 
     /// See [`crate::fdinfo::fdinfo`].
     pub fn fdinfo(&self, fd: i32) -> Result<FdInfo> {
+        let Some((_, infos)) = &self.directories else { return crate::fdinfo::fdinfo(self.pid, fd) };
         let path = || format!("/proc/{}/fdinfo/{fd}", self.pid);
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-        let file = nix::fcntl::openat(&self.infos, name(fd).as_c_str(), flags, Mode::empty())
+        let file = nix::fcntl::openat(infos, name(fd).as_c_str(), flags, Mode::empty())
             .map_err(|errno| Error::syscall("open", path(), errno))?;
         crate::text::with_open(file.into(), &path(), crate::fdinfo::parse)?
     }
