@@ -10,6 +10,7 @@
 
 use std::fs::OpenOptions;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use torpor_image::sysv::Permissions;
@@ -205,8 +206,8 @@ pub(crate) fn create(
     permissions: &Permissions,
     get: impl Fn() -> i32,
 ) -> Result<()> {
-    /// How often somebody else may take the number that was meant for us.
-    const ATTEMPTS: u32 = 16;
+    /// For how long others may take the numbers that were meant for us.
+    const PATIENCE: Duration = Duration::from_secs(5);
     let denied = |errno| Error::Permission {
         what: what.to_owned(),
         call: "choosing its id",
@@ -220,7 +221,8 @@ pub(crate) fn create(
     let next = OwnedFd::from(next);
     let number = id.to_string();
     let (cuid, cgid) = (permissions.cuid, permissions.cgid);
-    for _ in 0..ATTEMPTS {
+    let begin = Instant::now();
+    for attempt in 1u32.. {
         let made = act(opener.image, what, pid, || {
             let keep = u32::MAX;
             // SAFETY: plain system calls; raw ones change the one thread of the child. A user who may not be
@@ -248,6 +250,11 @@ pub(crate) fn create(
                         Class::Queue => libc::msgctl(got, rmid, std::ptr::null_mut()),
                     };
                 }
+                if begin.elapsed() > PATIENCE {
+                    break;
+                }
+                // Two that do the same had better not keep step.
+                std::thread::sleep(Duration::from_micros(u64::from(std::process::id().wrapping_mul(attempt) % 2000)));
             }
             e => {
                 return Err(match Errno::from_raw(-e as i32) {
