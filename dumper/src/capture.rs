@@ -148,6 +148,7 @@ pub(crate) fn capture<'s>(
                 .tracking
                 .and_then(|t| t.covered(stopped.processes[i].pid()))
                 .filter(|_| !pins[i]),
+            soft: options.tracking.and_then(|t| t.soft(stopped.processes[i].pid())),
         })
         .collect();
     let (outcomes, snapshots, (pages, memory)) = {
@@ -406,6 +407,7 @@ impl Captured<'_> {
             times: self.times,
             freeze: self.way.freeze,
             fallback: self.way.fallback,
+            followed: options.tracking.and_then(Tracking::means).map(str::to_owned),
             ..Manifest::default()
         };
         Ok(Dumped { manifest: self.writer.finish(manifest)? })
@@ -436,7 +438,7 @@ fn read_snapshots(
     let spaces: Option<Vec<Space<'_>>> = all
         .map(|((snapshot, task), vmas)| {
             let parent = tasks.iter().position(|t| t.pid == task.ppid);
-            Some(Space { pid: snapshot.as_ref()?.pid(), vmas, parent, covered: None })
+            Some(Space { pid: snapshot.as_ref()?.pid(), vmas, parent, covered: None, soft: None })
         })
         .collect();
     let spaces = spaces.ok_or_else(lost)?;
