@@ -58,7 +58,7 @@ fn end(victim: &mut Victim, parent: &Path) -> Outcome<PathBuf> {
 }
 
 fn small() -> Outcome {
-    let mut victim = Victim::start("written", &["24", "10"])?;
+    let mut victim = Victim::start("sparse", &["24"])?;
     let first = follow(&mut victim, None)?;
     ensure!(followed(&first)?.as_deref() == Some("soft-dirty"), "it is followed by {:?}", followed(&first)?);
     let shown = run_torpor(&["show", path(&first)?])?.expect(0)?;
@@ -111,7 +111,10 @@ fn executed() -> Outcome {
     let mut command = std::process::Command::new("setarch");
     command.args(["-R", "bash", "-c", script, "bash"]);
     command.arg(victim.log()).arg(victim.home()).arg(&program);
-    command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+    command
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null());
     victim.spawn(&mut command)?;
     victim.ticks(2)?;
     let first = follow(&mut victim, None)?;

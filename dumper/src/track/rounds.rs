@@ -7,8 +7,8 @@ use torpor_kernel::pagemap::{PageScan, Want};
 use torpor_kernel::stat;
 use torpor_kernel::write_watch::WriteWatch;
 
-use super::{By, Tracking};
 use super::runs::{self, Runs};
+use super::{By, Tracking};
 use crate::error::Result;
 use crate::memory::{self, Watch};
 use crate::survey::living;

@@ -103,7 +103,8 @@ impl Soft {
     /// How many bytes of a running process are likely to be changed.
     pub(super) fn left(&self, pid: Pid) -> u64 {
         let known = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let found = SoftDirty::open(pid).ok().zip(areas(pid)).and_then(|(bits, areas)| look(&bits, &areas).ok());
+        let found =
+            SoftDirty::open(pid).ok().zip(areas(pid)).and_then(|(bits, areas)| look(&bits, &areas).ok());
         let Some(found) = found else { return 0 };
         let frames = known.as_ref().map_or(&[][..], |k| &k.frames);
         let unchanged: u64 = unchanged(frames, &found.clean).iter().map(|(start, end)| end - start).sum();
