@@ -2,7 +2,9 @@
 //!
 //! The peer must notice nothing: no byte may be acknowledged after the socket was read, and no FIN or reset be sent
 //! when its process ends. So each socket gets a filter that drops everything (socket(7), `SO_ATTACH_FILTER`; what is
-//! dropped the peer sends again), is read in repair mode, and is put into that mode once more before the process is
+//! dropped the peer sends again), and what it has not sent yet stays so: its window is closed, or timers (pacing, small
+//! queues) would go on sending it while the image is made, and acknowledgements of what it never sent are ignored by the socket
+//! that takes its place. It is read in repair mode, and is put into that mode once more before the process is
 //! killed: a socket in repair mode is closed silently (net/ipv4/tcp.c, `tcp_disconnect`). Until then a guardian stands
 //! ready to undo all of it; once the image is complete it is the guardian that ends the processes, so that this is done
 //! even if we are killed. It stays for as long as a peer may have patience: while its sockets exist,
@@ -73,6 +75,8 @@ impl Hold {
             }
             let filter = socket::filter(fd).ok().flatten().unwrap_or_default();
             undo.push(Undo::filter(fd.as_fd(), &filter));
+            // Not only off: so the peer is asked for its window, which is closed meanwhile.
+            undo.push(Undo::number(fd.as_fd(), libc::IPPROTO_TCP, tcp::TCP_REPAIR, 0));
             undo.extend(repair::undo(fd));
             for (level, name) in IMPATIENT {
                 let value = socket::int_option(fd, level, name).unwrap_or(0);
@@ -143,6 +147,10 @@ fn read(fd: &OwnedFd, state: u8) -> torpor_kernel::Result<KeptState> {
     let info = tcp::info(fd.as_fd())?;
     let fin = matches!(state, state::FIN_WAIT1 | state::FIN_WAIT2);
     let window = tcp::window(fd.as_fd())?;
+    if tcp::unsent(fd.as_fd())? > 0 {
+        let [seen, _, largest, own, told] = window;
+        tcp::set_window(fd.as_fd(), [seen, 0, largest, own, told])?;
+    }
     let segment = tcp::segment(fd.as_fd())?;
     let timestamp = if info.timestamps() { Some(tcp::timestamp(fd.as_fd())?) } else { None };
     let unsent = tcp::unsent(fd.as_fd())?;

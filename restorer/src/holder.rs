@@ -60,10 +60,15 @@ pub(crate) fn of_socket(inode: u32) -> Option<String> {
 
 /// The process with a descriptor for socket `inode`.
 pub(crate) fn pid_of_socket(inode: u32) -> Option<Pid> {
+    Some(descriptor_of_socket(inode)?.0)
+}
+
+/// The same, and the descriptor.
+pub(crate) fn descriptor_of_socket(inode: u32) -> Option<(Pid, i32)> {
     let link = format!("socket:[{inode}]").into_bytes();
     let pids = std::fs::read_dir("/proc").ok()?.filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
-    pids.map(Pid).find(|pid| {
-        let all = fds::list(*pid).unwrap_or_default();
-        all.into_iter().any(|fd| fds::readlink(*pid, fd).is_ok_and(|l| l == link))
+    pids.map(Pid).find_map(|pid| {
+        let mut all = fds::list(pid).unwrap_or_default().into_iter();
+        Some((pid, all.find(|fd| fds::readlink(pid, *fd).is_ok_and(|l| l == link))?))
     })
 }

@@ -4,12 +4,19 @@
 //! sent is only queued: with the sequence numbers, windows and options of the dumped one. It stays deaf (a filter that
 //! drops everything) and in repair mode until nothing of the restore can fail any more: should it fail, the peer has
 //! heard nothing, and the image can be restored again. [`Silent::speak`] lets it loose.
+//!
+//! On the machine of the dump its guardian still has the addresses, so that nobody answers the peer, which would end the
+//! connection. Two sockets may have the same addresses if one of them is bound to a device and the other is not (net/ipv4/inet_hashtables.c,
+//! `__inet_check_established`). So that of the guardian is bound to the device by which the peer's segments come: it still gets them until
+//! ours is there, and there is no moment in which nobody has the addresses.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::net::if_::InterfaceFlags;
+use nix::sys::socket::SockaddrStorage;
 use torpor_image::inet::InetSocket;
 use torpor_image::tcp::{Connection, Kept};
 use torpor_kernel::ids::Tid;
@@ -27,7 +34,9 @@ const TCPOPT_SACK_PERM: u32 = 4;
 const TCPOPT_TIMESTAMP: u32 = 8;
 /// `BPF_RET | BPF_K` with 0, as `struct sock_filter`.
 const DROP_ALL: [u8; 8] = [6, 0, 0, 0, 0, 0, 0, 0];
-/// The name of such a process.
+/// asm-generic/socket.h
+const SO_BINDTOIFINDEX: i32 = 62;
+/// The name of a guardian.
 const GUARDIAN: &[u8] = b"tcp-guardian";
 /// How long the addresses may take to become free, and how long for one who is told to let go of them.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -43,6 +52,8 @@ pub(crate) struct Silent<'i> {
     fd: OwnedFd,
     what: String,
     inet: &'i InetSocket,
+    /// Who had the addresses, and still has them.
+    before: Option<OwnedFd>,
 }
 
 /// Makes the socket; it is in repair mode afterwards.
@@ -76,15 +87,17 @@ pub(crate) fn make<'i>(
         tcp::set_queue(fd.as_fd(), queue).map_err(fail("its queues"))?;
         tcp::set_sequence(fd.as_fd(), sequence).map_err(fail("its sequence numbers"))?;
     }
-    // The instant in which neither has the addresses must be short: a segment of the peer would be answered. On a busy
-    // machine others would have their turn in it.
+    let before = step_aside(local, remote);
+    // Where that is not possible there is an instant in which neither has the addresses. It must be short: a segment of
+    // the peer would be answered. On a busy machine others would have their turn in it.
     let urgent = RealTime::raise();
-    let mut relieved = relieve(local, remote);
+    let mut relieved = before.is_none() && relieve(local, remote);
     let begin = Instant::now();
     let mut next = PATIENCE_OF_ONE;
     loop {
         match inet::connect(&fd, remote, connection.scope) {
             Ok(()) => break,
+            Err(Errno::EADDRNOTAVAIL) if before.is_some() && !relieved => relieved = relieve(local, remote),
             Err(Errno::EADDRNOTAVAIL) if relieved && begin.elapsed() < PATIENCE => {
                 std::thread::yield_now();
                 // There may be another, of a dump that was killed.
@@ -110,6 +123,7 @@ pub(crate) fn make<'i>(
         tcp::set_timestamp(fd.as_fd(), clock).map_err(fail("its timestamps"))?;
     }
     tcp::set_agreed(fd.as_fd(), &agreed).map_err(fail("its options"))?;
+    measure_again(&fd);
     tcp::set_queue(fd.as_fd(), Queue::Receive).map_err(fail("its queues"))?;
     put(what, &fd, &connection.received)?;
     tcp::set_queue(fd.as_fd(), Queue::Send).map_err(fail("its queues"))?;
@@ -118,7 +132,7 @@ pub(crate) fn make<'i>(
     tcp::set_queue(fd.as_fd(), Queue::None).map_err(fail("its queues"))?;
     tcp::set_window(fd.as_fd(), kept.window).map_err(fail("its windows"))?;
     let copy = fd.try_clone().map_err(|e| crate::pipe::io(what, "dup", &e))?;
-    Ok((fd, Silent { fd: copy, what: what.to_owned(), inet }))
+    Ok((fd, Silent { fd: copy, what: what.to_owned(), inet, before }))
 }
 
 /// Somebody else has both addresses.
@@ -140,6 +154,54 @@ fn of(local: SocketAddr, remote: SocketAddr) -> Option<sock_diag::InetSocket> {
     let family = if local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     let all = sock_diag::inet_sockets(family, libc::IPPROTO_TCP).unwrap_or_default();
     all.into_iter().find(|s| s.local == local && s.remote == remote)
+}
+
+/// How large segments are was decided when the socket was connected, of what nothing was known then; setting IP options,
+/// those that it has, makes the kernel decide anew (net/ipv4/ip_sockglue.c, `do_ip_setsockopt`).
+fn measure_again(fd: &OwnedFd) {
+    let mut options = [0u8; 40];
+    let mut length = options.len() as libc::socklen_t;
+    // SAFETY: getsockopt fills at most `length` bytes, of which setsockopt reads as many as there were.
+    unsafe {
+        let (fd, options) = (fd.as_raw_fd(), options.as_mut_ptr().cast());
+        if libc::getsockopt(fd, libc::IPPROTO_IP, libc::IP_OPTIONS, options, &raw mut length) != 0 {
+            length = 0;
+        }
+        libc::setsockopt(fd, libc::IPPROTO_IP, libc::IP_OPTIONS, options, length);
+    }
+}
+
+/// Lets the guardian of a dump on this machine have the addresses beside us; who it is.
+fn step_aside(local: SocketAddr, remote: SocketAddr) -> Option<OwnedFd> {
+    let socket = of(local, remote).filter(|s| s.inode != 0)?;
+    let (pid, fd) = holder::descriptor_of_socket(socket.inode)?;
+    let pidfd = fds::pidfd_open(pid).ok()?;
+    if !process::comm(pid, Tid(pid.0)).is_ok_and(|name| name == GUARDIAN) {
+        return None;
+    }
+    let its = fds::getfd(pidfd.as_fd(), fd).ok()?;
+    let device = i32::try_from(device(local, remote)?).ok()?;
+    let bound = || socket::int(&its, libc::SOL_SOCKET, SO_BINDTOIFINDEX);
+    let aside = bound() == device || socket::set_int(&its, libc::SOL_SOCKET, SO_BINDTOIFINDEX, device);
+    (aside && bound() == device).then_some(pidfd)
+}
+
+/// By which device segments from `remote` to `local` come: the one with the address, or, within the machine, the loopback.
+fn device(local: SocketAddr, remote: SocketAddr) -> Option<u32> {
+    let all: Vec<_> = nix::ifaddrs::getifaddrs().ok()?.collect();
+    let has = |a: &nix::ifaddrs::InterfaceAddress, ip: IpAddr| {
+        a.address.as_ref().and_then(address).is_some_and(|own| own == ip.to_canonical())
+    };
+    let inside = remote.ip().is_loopback() || all.iter().any(|a| has(a, remote.ip()));
+    let is = |a: &&nix::ifaddrs::InterfaceAddress| {
+        if inside { a.flags.contains(InterfaceFlags::IFF_LOOPBACK) } else { has(a, local.ip()) }
+    };
+    nix::net::if_::if_nametoindex(all.iter().find(is)?.interface_name.as_str()).ok()
+}
+
+fn address(storage: &SockaddrStorage) -> Option<IpAddr> {
+    let v4 = || Some(IpAddr::V4(storage.as_sockaddr_in()?.ip()));
+    v4().or_else(|| Some(IpAddr::V6(storage.as_sockaddr_in6()?.ip())))
 }
 
 /// Ends the guardian that a dump on this machine has left behind to keep the peer from being answered: it has the
@@ -175,7 +237,11 @@ fn put(what: &str, fd: &OwnedFd, bytes: &[u8]) -> Result<()> {
 impl Silent<'_> {
     /// Lets the connection go on. Nothing of this is expected to fail; a peer that lost patience will say so itself.
     pub(crate) fn speak(self) {
-        let Silent { fd, what, inet } = self;
+        let Silent { fd, what, inet, before } = self;
+        if let Some(guardian) = before {
+            // SAFETY: pidfd_send_signal takes numbers, and no siginfo.
+            unsafe { libc::syscall(libc::SYS_pidfd_send_signal, guardian.as_raw_fd(), libc::SIGKILL, 0, 0) };
+        }
         let Some(connection) = &inet.connection else { return };
         if inet.filter.is_empty() {
             socket::set_int(&fd, libc::SOL_SOCKET, libc::SO_DETACH_FILTER, 0);

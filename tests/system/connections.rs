@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
-use torpor_tests::{Outcome, Victim, ensure, run_torpor, state, torpor_command};
+use torpor_tests::{Outcome, PATIENCE, Victim, ensure, run_torpor, state, torpor_command};
 
 const REFUSED: i32 = 5;
 
@@ -20,8 +20,9 @@ pub(crate) fn trials() -> Vec<Trial> {
     all![
         "a connection to the outside is refused by name" => refused,
         "a connection to the outside is restored as reset" => closed,
-        "a connection to the outside goes on" => || kept(false),
-        "a connection to the outside goes on after its peer has ended" => || kept(true),
+        "a connection to the outside goes on" => || kept(false, &[]),
+        "a connection to the outside goes on after its peer has ended" => || kept(true, &[]),
+        "what waits to be sent waits while the image is made" => || kept(false, &["paced"]),
         "a kept connection and a process that goes on exclude each other" => exclusive,
         "a connection that is being made is made again" => sought,
         "data that nobody can read is refused" => unread,
@@ -105,6 +106,9 @@ fn byte(n: u64) -> u8 {
 /// Sends without end, and checks that all of it comes back in order.
 fn stream(peer: TcpStream, stop: Arc<AtomicBool>) -> std::thread::JoinHandle<Outcome<u64>> {
     std::thread::spawn(move || {
+        // One that says nothing any more is an error, too.
+        peer.set_read_timeout(Some(PATIENCE)).map_err(text)?;
+        peer.set_write_timeout(Some(PATIENCE)).map_err(text)?;
         let mut writer = peer.try_clone().map_err(text)?;
         let stopping = stop.clone();
         let sender = std::thread::spawn(move || -> Outcome<u64> {
@@ -137,9 +141,9 @@ fn stream(peer: TcpStream, stop: Arc<AtomicBool>) -> std::thread::JoinHandle<Out
     })
 }
 
-fn kept(idle: bool) -> Outcome {
+fn kept(idle: bool, more: &[&str]) -> Outcome {
     let (listener, port) = listener()?;
-    let mut victim = Victim::start("outside", &["echo", &port])?;
+    let mut victim = Victim::start("outside", &[&["echo", port.as_str()], more].concat())?;
     let (peer, _) = listener.accept().map_err(text)?;
     let stop = Arc::new(AtomicBool::new(false));
     let talk = stream(peer, stop.clone());

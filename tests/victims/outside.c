@@ -24,8 +24,10 @@ static pid_t kin[4];
 /* Relatives that have the connection, too, and live as long as all others do. */
 static void beget(void) { for (int i = 0; i < 4; i++) if (!(kin[i] = fork())) { for (;;) { if (getppid() == 1) bad("the parent has ended"); nap(5); } } }
 /* Sends back what it gets. */
-static void echo(int port, int family) {
+static void echo(int port, int family, unsigned rate) {
     int s = reach(port, 0), on = 1; CHECK(!setsockopt(s, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on));
+    if (rate) CHECK(!setsockopt(s, SOL_SOCKET, SO_MAX_PACING_RATE, &rate, sizeof rate));
+    int segment = option(s, IPPROTO_TCP, TCP_MAXSEG);
     struct sock_filter all = {BPF_RET | BPF_K, 0, 0, 0xffffffff}, back[2]; struct sock_fprog prog = {1, &all}; CHECK(!setsockopt(s, SOL_SOCKET, SO_ATTACH_FILTER, &prog, sizeof prog));
     static char buf[300000]; size_t have = 0; int ended = 0; if (family) beget();
     for (uint64_t next = 0;;) {
@@ -37,6 +39,7 @@ static void echo(int port, int family) {
         /* When a dumper is killed it takes a moment until all is as before. */
         socklen_t l = 2; if (option(s, IPPROTO_TCP, TCP_REPAIR) || getsockopt(s, SOL_SOCKET, SO_GET_FILTER, back, &l) || memcmp(back, &all, sizeof all) || option(s, SOL_SOCKET, SO_REUSEADDR)) nap(200);
         SAME(option(s, IPPROTO_TCP, TCP_REPAIR), 0); SAME(option(s, SOL_SOCKET, SO_REUSEADDR), 0); SAME(option(s, IPPROTO_TCP, TCP_NODELAY), 1);
+        CHECK(option(s, IPPROTO_TCP, TCP_MAXSEG) >= segment);
         l = 2; CHECK(!getsockopt(s, SOL_SOCKET, SO_GET_FILTER, back, &l)); SAME(l, 1); CHECK(!memcmp(back, &all, sizeof all));
         if (now_ns(CLOCK_MONOTONIC) > next) { tick(); next = now_ns(CLOCK_MONOTONIC) + 20000000; }
     }
@@ -91,7 +94,7 @@ static void apart(void) {
 }
 int main(int argc, char **argv) {
     begin(argc, argv); int n = argc > 4 ? atoi(argv[4]) : 0; const char *what = argc > 3 ? argv[3] : "";
-    if (!strcmp(what, "echo")) echo(n, argc > 5);
+    if (!strcmp(what, "echo")) echo(n, argc > 5 && !strcmp(argv[5], "family"), argc > 5 && !strcmp(argv[5], "paced") ? 20000000 : 0);
     if (!strcmp(what, "reset")) until_reset(n);
     if (!strcmp(what, "seek")) seek(n);
     if (!strcmp(what, "unread")) unread();
