@@ -68,7 +68,8 @@ pub(crate) fn head(image: &Image) -> Result<String, std::fmt::Error> {
         ),
     )?;
     let fallback = manifest.fallback.as_ref().map_or_else(String::new, |why| format!("; {why}"));
-    line("freeze", format!("{}{fallback}", manifest.freeze))?;
+    let by = manifest.followed.as_ref().map_or_else(String::new, |by| format!(" by {}", output::name(by)));
+    line("freeze", format!("{}{by}{fallback}", manifest.freeze))?;
     let afterwards = if manifest.ran_on {
         "the process was left alive: what it did since is not undone by a restore"
     } else {

@@ -152,6 +152,7 @@ pub(crate) fn capture<'s>(
                 .and_then(|t| t.covered(stopped.processes[i].pid()))
                 .filter(|_| !pins[i]),
             behind: &behind[i],
+            soft: options.tracking.and_then(|t| t.soft(stopped.processes[i].pid())),
         })
         .collect();
     let (outcomes, snapshots, (pages, memory)) = {
@@ -417,6 +418,7 @@ impl Captured<'_> {
             times: self.times,
             freeze: self.way.freeze,
             fallback: self.way.fallback,
+            followed: options.tracking.and_then(Tracking::means).map(str::to_owned),
             ..Manifest::default()
         };
         Ok(Dumped { manifest: self.writer.finish(manifest)? })
@@ -447,7 +449,7 @@ fn read_snapshots(
     let spaces: Option<Vec<Space<'_>>> = all
         .map(|(((snapshot, task), vmas), behind)| {
             let parent = tasks.iter().position(|t| t.pid == task.ppid);
-            Some(Space { pid: snapshot.as_ref()?.pid(), vmas, parent, covered: None, behind })
+            Some(Space { pid: snapshot.as_ref()?.pid(), vmas, parent, covered: None, behind, soft: None })
         })
         .collect();
     let spaces = spaces.ok_or_else(lost)?;

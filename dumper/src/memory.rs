@@ -25,6 +25,7 @@ use torpor_kernel::pagemap::PageScan;
 use crate::error::{Error, Result};
 use crate::stage::Stage;
 use crate::track::runs::{self, Covered, Runs};
+use crate::track::soft::Soft;
 use crate::workers;
 
 pub(crate) use self::behind::Behind;
@@ -71,6 +72,8 @@ pub(crate) struct Space<'a> {
     pub(crate) covered: Option<&'a Covered>,
     /// The code that its areas show by themselves.
     pub(crate) behind: &'a Behind,
+    /// By which that shows, where it is not by write protection.
+    pub(crate) soft: Option<&'a Soft>,
 }
 
 /// A run of memory to be copied.
@@ -157,8 +160,13 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
     let mut runs = Vec::new();
     let mut rest = Rest { parent: space.parent, ..Rest::default() };
     let mut areas = joined(space.vmas);
+    // Where that fails everything counts as written. It is the begin for the next dump whatever is known for this one.
+    let by_bits = space.soft.map(|soft| soft.take(pid, space.vmas).unwrap_or_default());
     if let Some(covered) = space.covered {
-        rest.known = settled::settled(&scan, space.vmas, covered);
+        rest.known = match by_bits {
+            Some(unchanged) => runs::both(&unchanged, covered.runs()),
+            None => settled::settled(&scan, space.vmas, covered),
+        };
         areas = settled::unsettled(&areas, &rest.known);
     }
     let total: u64 = areas.iter().map(|(start, end)| end - start).sum();
@@ -184,7 +192,7 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
     let mut runs = runs::tidy(runs);
     if space.covered.is_some() {
         runs = runs::without(&runs, &rest.known);
-        for (start, end) in &runs {
+        for (start, end) in runs.iter().filter(|_| space.soft.is_none()) {
             // Where that fails they count as written the next time.
             let _best_effort = scan.take_written(*start, *end);
         }

@@ -10,12 +10,15 @@
 //! copied. Areas that are new, were moved, or cannot be watched show as not watched (`PM_SCAN_CHECK_WPASYNC`) or as
 //! written. Which pages there are is asked for again when the tree stands.
 //!
+//! Kernels without all that may have soft-dirty bits, which do as well ([`soft`]).
+//!
 //! Writes into pages that were pinned before they were protected do not show: those of devices, and of io_uring into
 //! registered buffers. So a process that has a ring, or a file open with O_DIRECT, is copied whole ([`pins`]).
 
 pub(crate) mod keeper;
 mod rounds;
 pub(crate) mod runs;
+pub(crate) mod soft;
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -28,10 +31,11 @@ use torpor_image::task::{Descriptor, Task};
 use torpor_kernel::ids::{Pid, Tid};
 use torpor_kernel::memory::Memory;
 use torpor_kernel::write_watch::WriteWatch;
-use torpor_kernel::{abi, stat};
+use torpor_kernel::{abi, soft_dirty, stat};
 use torpor_parasite::script::{Script, Value};
 
 use self::runs::Covered;
+use self::soft::Soft;
 use crate::dump::{Destination, Options, Target};
 use crate::error::{Error, Result};
 use crate::freeze::{Frozen, FrozenTree};
@@ -67,7 +71,14 @@ pub struct Tracking {
 struct Tracker {
     /// When the process started, which tells it from another of the same pid.
     started: u64,
-    watch: WriteWatch,
+    by: By,
+}
+
+/// By what its writes are followed.
+#[derive(Debug)]
+enum By {
+    WriteProtection(WriteWatch),
+    SoftDirty(Soft),
 }
 
 impl Tracking {
@@ -102,6 +113,22 @@ impl Tracking {
         &self.known
     }
 
+    /// The bits by which a process is followed, if it is by those.
+    pub(crate) fn soft(&self, pid: Pid) -> Option<&Soft> {
+        match &self.trackers.get(&pid)?.by {
+            By::SoftDirty(soft) => Some(soft),
+            By::WriteProtection(_) => None,
+        }
+    }
+
+    /// By what writes are followed, if they are.
+    pub(crate) fn means(&self) -> Option<&'static str> {
+        self.trackers.values().next().map(|t| match t.by {
+            By::SoftDirty(_) => "soft-dirty",
+            By::WriteProtection(_) => "write-protection",
+        })
+    }
+
     /// Bytes that are likely to be copied when the tree stands.
     pub(crate) fn expected(&self) -> u64 {
         2 * self.expected + MARGIN
@@ -121,7 +148,13 @@ impl Tracking {
         self.trackers.retain(|pid, tracker| known(*pid, tracker));
         self.stood = Duration::ZERO;
         // Without such a thing there is nothing to stop for.
-        if available().is_err() || target.survey().processes.iter().all(|p| self.watches(p.pid)) {
+        if available().is_err() {
+            if soft_dirty::available().is_ok() {
+                self.begin_soft(target);
+            }
+            return Ok(());
+        }
+        if target.survey().processes.iter().all(|p| self.watches(p.pid)) {
             return Ok(());
         }
         let restarts = Restarts::look(target.survey().processes.iter().map(|p| p.pid));
@@ -130,6 +163,17 @@ impl Tracking {
         self.stood = stopped.since.elapsed();
         stopped.release();
         made
+    }
+
+    /// Follows every process by its soft-dirty bits: nothing is done before the tree stands.
+    fn begin_soft(&mut self, target: &Target) {
+        for process in &target.survey().processes {
+            if self.soft(process.pid).is_none() {
+                let Ok(stat) = stat::of_process(process.pid) else { continue };
+                let by = By::SoftDirty(Soft::default());
+                self.trackers.insert(process.pid, Tracker { started: stat.starttime, by });
+            }
+        }
     }
 
     /// Makes a userfaultfd in each process that has none of ours.
@@ -164,7 +208,7 @@ impl Tracking {
             match lent {
                 Ok(Some(fd)) => {
                     if let Ok(watch) = WriteWatch::begin(fd) {
-                        self.trackers.insert(pid, Tracker { started, watch });
+                        self.trackers.insert(pid, Tracker { started, by: By::WriteProtection(watch) });
                     }
                 }
                 // It may have no descriptors left, or the kernel no such thing: it goes without.

@@ -47,6 +47,9 @@ pub struct Manifest {
     /// Why not in the way that was asked for, or that would have been chosen.
     #[serde(default)]
     pub fallback: Option<String>,
+    /// By what writes were followed, if they were: `write-protection` or `soft-dirty`.
+    #[serde(default)]
+    pub followed: Option<String>,
 }
 
 /// A way to take the memory of a tree.

@@ -34,6 +34,7 @@ pub mod raw;
 pub mod shared;
 pub mod sock_diag;
 pub mod sock_queue;
+pub mod soft_dirty;
 pub mod stat;
 pub mod status;
 mod structures;

@@ -98,7 +98,11 @@ const ATTEMPTS: &[Attempt] = &[
         "follow writes without a handler; without it every dump copies all memory",
         attempts::wp_async,
     ),
-    ("soft-dirty", "informational: the older way to follow writes, not used", attempts::soft_dirty),
+    (
+        "soft-dirty",
+        "follow writes where the kernel has no WP_ASYNC; with it it is not used",
+        crate::soft_dirty::available,
+    ),
     ("ptrace", "stop a process and read its registers; without it nothing works", attempts::ptrace_child),
     (
         "PTRACE_GET_RSEQ_CONFIGURATION",

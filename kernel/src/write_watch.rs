@@ -44,6 +44,12 @@ impl WriteWatch {
     }
 }
 
+impl From<WriteWatch> for OwnedFd {
+    fn from(watch: WriteWatch) -> Self {
+        watch.0
+    }
+}
+
 impl AsFd for WriteWatch {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()

@@ -48,7 +48,7 @@ pub(crate) fn trials() -> Vec<Trial> {
 }
 
 /// A victim, unless this machine cannot keep rings at all: then why.
-fn victim(name: &str, args: &[&str]) -> Outcome<Option<Victim>> {
+pub(crate) fn victim(name: &str, args: &[&str]) -> Outcome<Option<Victim>> {
     let victim = Victim::start(name, args)?;
     let log = std::fs::read_to_string(victim.log()).unwrap_or_default();
     if let Some(line) = log.lines().find(|l| l.starts_with("SKIP")) {

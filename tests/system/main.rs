@@ -17,6 +17,7 @@ mod obstacles;
 mod pty;
 mod refusals;
 mod snapshot;
+mod soft_dirty;
 mod state;
 mod terminal;
 mod threads;
@@ -40,6 +41,7 @@ fn main() {
     trials.extend(content::trials());
     trials.extend(track::trials());
     trials.extend(threads::trials());
+    trials.extend(soft_dirty::trials());
     trials.extend(tree::trials());
     trials.extend(unix::trials());
     trials.extend(refusals::trials());

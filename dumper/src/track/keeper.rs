@@ -18,7 +18,8 @@ use torpor_kernel::ids::Pid;
 use torpor_kernel::write_watch::WriteWatch;
 use torpor_kernel::{fds, stat, status};
 
-use super::{Tracker, Tracking};
+use super::soft::Soft;
+use super::{By, Tracker, Tracking};
 use crate::error::{Error, Result};
 
 /// Questions.
@@ -26,6 +27,8 @@ const HOLDS: u8 = b'h';
 const TAKE: u8 = b't';
 /// How long either side waits for the other.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// Last word of a message, where the descriptor is no userfaultfd.
+const SOFT_DIRTY: &str = "soft-dirty";
 /// Longest message.
 const LONGEST: usize = 256;
 
@@ -100,14 +103,18 @@ fn receive(socket: &OwnedFd) -> Option<(Pid, Tracker, String)> {
     let mut words = text.split(' ');
     let (pid, started) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
     let base = words.next()?.to_owned();
-    Some((Pid(pid), Tracker { started, watch: WriteWatch::resumed(fd?) }, base))
+    let by = match words.next() {
+        Some(SOFT_DIRTY) => By::SoftDirty(Soft::taken_up(fd?)),
+        _ => By::WriteProtection(WriteWatch::resumed(fd?)),
+    };
+    Some((Pid(pid), Tracker { started, by }, base))
 }
 
 /// What is kept of one process.
 struct Kept {
     listener: OwnedFd,
     pidfd: OwnedFd,
-    watch: WriteWatch,
+    watch: OwnedFd,
     message: Vec<u8>,
 }
 
@@ -122,8 +129,16 @@ pub(super) fn start(tracking: Tracking) -> Result<()> {
             let socket = "a socket for the watch over it";
             Error::kernel(pid, socket)(torpor_kernel::Error::syscall("bind", "", errno))
         })?;
-        let message = format!("{pid} {} {base}", tracker.started).into_bytes();
-        all.push(Kept { listener, pidfd, watch: tracker.watch, message });
+        let (watch, more) = match tracker.by {
+            By::WriteProtection(watch) => (watch.into(), String::new()),
+            By::SoftDirty(soft) => match soft.put_away() {
+                Some(fd) => (fd, format!(" {SOFT_DIRTY}")),
+                // Nothing is known of it: it counts as changed.
+                None => continue,
+            },
+        };
+        let message = format!("{pid} {} {base}{more}", tracker.started).into_bytes();
+        all.push(Kept { listener, pidfd, watch, message });
     }
     if all.is_empty() {
         return Ok(());

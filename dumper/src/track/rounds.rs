@@ -7,8 +7,8 @@ use torpor_kernel::pagemap::{PageScan, Want};
 use torpor_kernel::stat;
 use torpor_kernel::write_watch::WriteWatch;
 
-use super::Tracking;
 use super::runs::{self, Runs};
+use super::{By, Tracking};
 use crate::error::Result;
 use crate::memory::{self, Watch};
 use crate::survey::living;
@@ -47,6 +47,9 @@ pub(super) fn run(tracking: &mut Tracking, files: &mut [DataFile], watch: &Watch
 
 /// Goes round once.
 pub(super) fn once(tracking: &mut Tracking, files: &mut [DataFile], watch: &Watch<'_>) -> Result<()> {
+    if tracking.trackers.values().all(|t| matches!(t.by, By::SoftDirty(_))) {
+        return Ok(());
+    }
     round(tracking, files, watch).map(drop)
 }
 
@@ -54,9 +57,12 @@ pub(super) fn once(tracking: &mut Tracking, files: &mut [DataFile], watch: &Watc
 fn round(tracking: &mut Tracking, files: &mut [DataFile], watch: &Watch<'_>) -> Result<(u64, u64)> {
     let pids: Vec<Pid> = tracking.watched().collect();
     let looks = workers::each(&pids, |pid| {
-        let tracker = &tracking.trackers[pid];
         let parent = stat::of_process(*pid).map(|s| Pid(s.ppid)).ok().filter(|p| tracking.watches(*p));
-        look(*pid, &tracker.watch, parent)
+        match &tracking.trackers[pid].by {
+            By::WriteProtection(watch) => look(*pid, watch, parent),
+            // All of it is copied when the tree stands.
+            By::SoftDirty(soft) => Look { unwatched: soft.left(living(*pid)), ..Look::default() },
+        }
     });
     let mut wanted = Vec::new();
     let (mut bytes, mut unwatched) = (0, 0);
@@ -111,6 +117,6 @@ fn look(own: Pid, watch: &WriteWatch, parent: Option<Pid>) -> Look {
 }
 
 /// Whether an area holds pages of its process alone.
-fn watchable(area: &Mapping) -> bool {
+pub(super) fn watchable(area: &Mapping) -> bool {
     !area.shared && !matches!(area.kind(), Kind::Vdso | Kind::Vvar | Kind::Vsyscall)
 }

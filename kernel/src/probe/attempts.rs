@@ -136,19 +136,6 @@ pub(super) fn wp_async() -> Result<()> {
     done(unsafe { libc::ioctl(fd.as_raw_fd(), abi::UFFDIO_API as _, &raw mut api) }, "UFFDIO_API")
 }
 
-/// A page that was just made is soft-dirty, where there is such a thing (bit 55 of its pagemap entry).
-pub(super) fn soft_dirty() -> Result<()> {
-    let scratch = Scratch::new(page_size() as usize)?;
-    // SAFETY: the first byte of the mapping.
-    unsafe { scratch.0.cast::<u8>().write_volatile(1) };
-    let io = |error: std::io::Error| Error::io("read", "/proc/self/pagemap", &error);
-    let file = File::open("/proc/self/pagemap").map_err(io)?;
-    let mut entry = [0; 8];
-    let at = scratch.0.addr() as u64 / page_size() * 8;
-    std::os::unix::fs::FileExt::read_exact_at(&file, &mut entry, at).map_err(io)?;
-    if u64::from_ne_bytes(entry) & (1 << 55) == 0 { missing("soft-dirty", Errno::EOPNOTSUPP) } else { Ok(()) }
-}
-
 /// A child that waits to be killed, and is when this is dropped.
 struct Child(Tid);
 
