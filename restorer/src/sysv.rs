@@ -254,7 +254,9 @@ pub(crate) fn create(
                     break;
                 }
                 // Two that do the same had better not keep step.
-                std::thread::sleep(Duration::from_micros(u64::from(std::process::id().wrapping_mul(attempt) % 2000)));
+                std::thread::sleep(Duration::from_micros(u64::from(
+                    std::process::id().wrapping_mul(attempt) % 2000,
+                )));
             }
             e => {
                 return Err(match Errno::from_raw(-e as i32) {
