@@ -19,7 +19,15 @@ use crate::survey::living;
 use crate::{vma, workers};
 
 /// Reading all maps may take this long before it is worth being done twice.
-pub(crate) const SLOW: Duration = Duration::from_millis(2);
+const SLOW: Duration = Duration::from_millis(2);
+/// Of so many areas, or so much memory, it can take long; else only the machine was busy.
+const MANY: usize = 500;
+const LARGE: u64 = 128 << 20;
+
+/// Whether it is worth being done twice, if it took so long for so many areas and bytes.
+pub(crate) fn worth_it(took: Duration, areas: usize, bytes: u64) -> bool {
+    took >= SLOW && (areas >= MANY || bytes >= LARGE)
+}
 
 /// Maps of running processes, by the threads they were read by.
 #[derive(Debug, Default)]

@@ -85,8 +85,8 @@ pub struct Target {
     /// Bytes of anonymous memory, about as many as there are to be copied.
     anonymous: u64,
     order: Order,
-    /// How long it took to read the memory maps.
-    maps_took: std::time::Duration,
+    /// Reading the memory maps takes long.
+    slow_maps: bool,
 }
 
 /// Where an image goes: a directory, checked and prepared while the process still runs.
@@ -196,8 +196,9 @@ impl Target {
         }
         let mut known = Known::default();
         let mut gadgets = HashMap::new();
-        let mut anonymous = 0;
+        let (mut anonymous, mut areas) = (0, 0);
         for (pid, maps) in &maps.all {
+            areas += maps.len();
             anonymous += maps.iter().map(|m| (m.anonymous_kb + m.swap_kb) * 1024).sum::<u64>();
             match Self::enter(&mut known, *pid, maps) {
                 Ok(found) => {
@@ -217,7 +218,7 @@ impl Target {
             started,
             anonymous,
             order: maps.order,
-            maps_took: maps.took,
+            slow_maps: areas::worth_it(maps.took, areas, anonymous),
         })
     }
 
@@ -303,7 +304,7 @@ impl Target {
     ) -> Result<Frozen> {
         let pids = || self.survey.processes.iter().map(|p| p.pid);
         let before = Before {
-            areas: if self.maps_took < areas::SLOW { Areas::default() } else { Areas::read(pids()) },
+            areas: if self.slow_maps { Areas::read(pids()) } else { Areas::default() },
             unasked: Unasked::prepare(&self.survey),
             order: self.order.clone(),
             rings: io_uring::Watch::of(&self.survey),

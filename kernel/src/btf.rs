@@ -3,6 +3,9 @@
 //! A header, then types one after the other, each of a length that follows from its kind, then names. Types refer to
 //! one another by number, counted from 1. Members without a name (anonymous structures and unions) are looked into.
 
+use std::fs::File;
+use std::ops::Deref;
+use std::os::fd::AsRawFd;
 use std::sync::OnceLock;
 
 use crate::{Error, Result};
@@ -43,7 +46,7 @@ pub struct Member {
 
 /// The types of the running kernel.
 pub struct Btf {
-    bytes: Vec<u8>,
+    bytes: Bytes,
     /// Of each type, where it begins; type N is at index N - 1.
     types: Vec<u32>,
     /// The numbers of structures.
@@ -83,6 +86,53 @@ impl Type {
     }
 }
 
+/// What the file holds. Read it takes a system call for each page, so it is mapped where the kernel lets us (Linux 6.16,
+/// kernel/bpf/sysfs_btf.c).
+enum Bytes {
+    Read(Vec<u8>),
+    Mapped { at: *const u8, length: usize },
+}
+
+// SAFETY: nobody changes these bytes.
+unsafe impl Send for Bytes {}
+// SAFETY: as above.
+unsafe impl Sync for Bytes {}
+
+impl Bytes {
+    fn open() -> std::io::Result<Self> {
+        let file = File::open(FILE)?;
+        let length = usize::try_from(file.metadata()?.len()).unwrap_or(0);
+        let (protection, flags) = (libc::PROT_READ, libc::MAP_PRIVATE);
+        // SAFETY: new memory, of a file that never changes.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), length, protection, flags, file.as_raw_fd(), 0) };
+        if at == libc::MAP_FAILED {
+            return Ok(Bytes::Read(std::fs::read(FILE)?));
+        }
+        Ok(Bytes::Mapped { at: at.cast(), length })
+    }
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Bytes::Read(bytes) => bytes,
+            // SAFETY: mapped, and so long, until this is dropped.
+            Bytes::Mapped { at, length } => unsafe { std::slice::from_raw_parts(*at, *length) },
+        }
+    }
+}
+
+impl Drop for Bytes {
+    fn drop(&mut self) {
+        if let Bytes::Mapped { at, length } = self {
+            // SAFETY: what was mapped, to which nobody has a reference any more.
+            unsafe { libc::munmap(at.cast_mut().cast(), *length) };
+        }
+    }
+}
+
 impl Btf {
     /// Those of the running kernel, which take milliseconds to be read and stay.
     pub fn shared() -> Result<&'static Self> {
@@ -98,11 +148,11 @@ impl Btf {
 
     /// Reads those of the running kernel.
     pub fn read() -> Result<Self> {
-        let bytes = std::fs::read(FILE).map_err(|e| Error::io("read", FILE, &e))?;
+        let bytes = Bytes::open().map_err(|e| Error::io("read", FILE, &e))?;
         Self::parse(bytes).ok_or_else(|| Error::parse(FILE, b"not the types of a kernel"))
     }
 
-    fn parse(bytes: Vec<u8>) -> Option<Self> {
+    fn parse(bytes: Bytes) -> Option<Self> {
         if u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?) != MAGIC {
             return None;
         }
@@ -250,7 +300,7 @@ mod tests {
 
     #[test]
     fn members_are_found() {
-        let btf = Btf::parse(sample()).unwrap();
+        let btf = Btf::parse(Bytes::Read(sample())).unwrap();
         let pair = btf.structure("pair").unwrap();
         assert_eq!(btf.size(pair), Some(16));
         assert_eq!(btf.member(pair, "a"), Some(Member { offset: 0, size: 32 }));
@@ -265,10 +315,10 @@ mod tests {
     fn odd_input_is_none() {
         let whole = sample();
         for end in 0..whole.len() {
-            let cut = Btf::parse(whole[..end].to_vec());
+            let cut = Btf::parse(Bytes::Read(whole[..end].to_vec()));
             assert!(cut.is_none_or(|b| b.structure("nothing").is_none()));
         }
-        assert!(Btf::parse(b"\x9f\xebxxxxxxxxxxxxxxxxxxxxxxxxxxxx".to_vec()).is_none());
+        assert!(Btf::parse(Bytes::Read(b"\x9f\xebxxxxxxxxxxxxxxxxxxxxxxxxxxxx".to_vec())).is_none());
     }
 
     #[test]
