@@ -211,8 +211,14 @@ fn stuck(collector: &mut Collector, pid: Pid, mut asleep: Vec<(Tid, Option<u64>)
         return;
     }
     let begin = Instant::now();
-    let patience = STUCK * process::crowd().clamp(1, CROWDED);
-    while !asleep.is_empty() && begin.elapsed() < patience {
+    let mut patience = STUCK;
+    loop {
+        // Who waits for the same will want to run at the same time, and at any moment there may be few who do.
+        let crowd = process::crowd(asleep.len() as u32);
+        patience = patience.max(STUCK * crowd.clamp(1, CROWDED));
+        if asleep.is_empty() || begin.elapsed() >= patience {
+            break;
+        }
         std::thread::sleep(Duration::from_millis(5));
         asleep.retain(|(tid, before)| {
             status::of_task(pid, *tid).is_ok_and(|s| s.state == 'D') && runs(pid, *tid) == *before

@@ -122,15 +122,15 @@ pub fn tasks_of_all_users() -> Option<u64> {
     number(field.splitn(2, |b| *b == b'/').nth(1)?)
 }
 
-/// How many tasks want to run for each processor at this moment; 1 where it is not told.
-pub fn crowd() -> u32 {
+/// How many tasks want to run for each processor at this moment, `more` of them as soon as they can; 1 where it is not told.
+pub fn crowd(more: u32) -> u32 {
     let running = || {
         let text = read("/proc/loadavg").ok()?;
         let field = text.split(u8::is_ascii_whitespace).nth(3)?;
         number::<u32>(field.split(|b| *b == b'/').next()?)
     };
     let processors = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
-    running().map_or(1, |running| running.div_ceil(processors))
+    running().map_or(1, |running| (running + more).div_ceil(processors))
 }
 
 /// How many tasks have this real user. Takes a look at every process.
