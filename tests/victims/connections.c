@@ -52,7 +52,7 @@ static size_t get(Pair *p, int to, size_t most) {
 }
 /* Everything that was sent arrives. */
 static void drain(Pair *p, int to) {
-    for (int n = 0; p->in[to] < p->out[!to]; n++) { if (!get(p, to, SIZE_MAX)) { if (n > 5000) bad("%llu bytes are missing", (unsigned long long)(p->out[!to] - p->in[to])); nap(1); } }
+    for (int n = 0; p->in[to] < p->out[!to]; n++) { if (!get(p, to, SIZE_MAX)) { if (n > 30000) bad("%llu bytes are missing", (unsigned long long)(p->out[!to] - p->in[to])); nap(1); } }
     SAME(p->in[to], p->out[!to]); char c; CHECK(recv(p->fd[to], &c, 1, MSG_PEEK | MSG_DONTWAIT) <= 0);
 }
 static void end(int s) { char c; for (int n = 0; n < 3000; n++) { ssize_t r = recv(s, &c, 1, 0); if (r == 0) return; if (r > 0 || errno != EAGAIN) bad("end"); nap(1); } bad("no end of the stream"); }
