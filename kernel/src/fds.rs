@@ -100,6 +100,12 @@ pub fn getfd(pidfd: BorrowedFd<'_>, fd: i32) -> Result<OwnedFd> {
     owned(check(got, "pidfd_getfd", format!("fd {fd}"))?, "pidfd_getfd")
 }
 
+/// Sends SIGKILL to a process by its pidfd (pidfd_send_signal(2)); whether that was possible. Calls nothing but the kernel.
+pub fn end(pidfd: BorrowedFd<'_>) -> bool {
+    // SAFETY: takes numbers, and no siginfo.
+    unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), libc::SIGKILL, 0, 0) == 0 }
+}
+
 /// A descriptor for a process, also by the number of another thread than its first (since 6.9).
 pub fn pidfd_open(pid: Pid) -> Result<OwnedFd> {
     // SAFETY: takes two numbers.

@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::net::if_::InterfaceFlags;
-use nix::sys::socket::SockaddrStorage;
 use torpor_image::inet::InetSocket;
 use torpor_image::tcp::{Connection, Kept};
 use torpor_kernel::ids::Tid;
@@ -25,6 +24,7 @@ use torpor_kernel::tcp::{self, Queue};
 use torpor_kernel::{fds, process, sock_diag};
 
 use crate::error::{Error, Result};
+use crate::tcp::to_address;
 use crate::{holder, inet, socket};
 
 /// linux/tcp.h, net/tcp.h: `TCPOPT_*`
@@ -171,14 +171,18 @@ fn measure_again(fd: &OwnedFd) {
     }
 }
 
-/// Lets the guardian of a dump on this machine have the addresses beside us; who it is.
-fn step_aside(local: SocketAddr, remote: SocketAddr) -> Option<OwnedFd> {
+/// The guardian that a dump on this machine has left behind to keep the peer from being answered, with its descriptor
+/// of the connection.
+fn guardian(local: SocketAddr, remote: SocketAddr) -> Option<(OwnedFd, i32)> {
     let socket = of(local, remote).filter(|s| s.inode != 0)?;
     let (pid, fd) = holder::descriptor_of_socket(socket.inode)?;
     let pidfd = fds::pidfd_open(pid).ok()?;
-    if !process::comm(pid, Tid(pid.0)).is_ok_and(|name| name == GUARDIAN) {
-        return None;
-    }
+    process::comm(pid, Tid(pid.0)).is_ok_and(|name| name == GUARDIAN).then_some((pidfd, fd))
+}
+
+/// Lets that guardian have the addresses beside us; who it is.
+fn step_aside(local: SocketAddr, remote: SocketAddr) -> Option<OwnedFd> {
+    let (pidfd, fd) = guardian(local, remote)?;
     let its = fds::getfd(pidfd.as_fd(), fd).ok()?;
     let device = i32::try_from(device(local, remote)?).ok()?;
     let bound = || socket::int(&its, libc::SOL_SOCKET, SO_BINDTOIFINDEX);
@@ -190,7 +194,7 @@ fn step_aside(local: SocketAddr, remote: SocketAddr) -> Option<OwnedFd> {
 fn device(local: SocketAddr, remote: SocketAddr) -> Option<u32> {
     let all: Vec<_> = nix::ifaddrs::getifaddrs().ok()?.collect();
     let has = |a: &nix::ifaddrs::InterfaceAddress, ip: IpAddr| {
-        a.address.as_ref().and_then(address).is_some_and(|own| own == ip.to_canonical())
+        a.address.as_ref().and_then(to_address).is_some_and(|own| own.ip() == ip.to_canonical())
     };
     let inside = remote.ip().is_loopback() || all.iter().any(|a| has(a, remote.ip()));
     let is = |a: &&nix::ifaddrs::InterfaceAddress| {
@@ -199,23 +203,9 @@ fn device(local: SocketAddr, remote: SocketAddr) -> Option<u32> {
     nix::net::if_::if_nametoindex(all.iter().find(is)?.interface_name.as_str()).ok()
 }
 
-fn address(storage: &SockaddrStorage) -> Option<IpAddr> {
-    let v4 = || Some(IpAddr::V4(storage.as_sockaddr_in()?.ip()));
-    v4().or_else(|| Some(IpAddr::V6(storage.as_sockaddr_in6()?.ip())))
-}
-
-/// Ends the guardian that a dump on this machine has left behind to keep the peer from being answered: it has the
-/// addresses. All its sockets are closed with it, silently. Says whether there was one.
+/// Ends the guardian, and with it, silently, all its sockets. Says whether there was one.
 fn relieve(local: SocketAddr, remote: SocketAddr) -> bool {
-    let socket = of(local, remote).filter(|s| s.inode != 0);
-    let Some(pid) = socket.and_then(|s| holder::pid_of_socket(s.inode)) else { return false };
-    let Ok(pidfd) = fds::pidfd_open(pid) else { return false };
-    if process::comm(pid, Tid(pid.0)).is_ok_and(|name| name == GUARDIAN) {
-        // SAFETY: pidfd_send_signal takes numbers, and no siginfo.
-        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), libc::SIGKILL, 0, 0) == 0 }
-    } else {
-        false
-    }
+    guardian(local, remote).is_some_and(|(pidfd, _)| fds::end(pidfd.as_fd()))
 }
 
 /// Writes into the chosen queue, or sends.
@@ -239,8 +229,7 @@ impl Silent<'_> {
     pub(crate) fn speak(self) {
         let Silent { fd, what, inet, before } = self;
         if let Some(guardian) = before {
-            // SAFETY: pidfd_send_signal takes numbers, and no siginfo.
-            unsafe { libc::syscall(libc::SYS_pidfd_send_signal, guardian.as_raw_fd(), libc::SIGKILL, 0, 0) };
+            fds::end(guardian.as_fd());
         }
         let Some(connection) = &inet.connection else { return };
         if inet.filter.is_empty() {

@@ -6,8 +6,9 @@
 //! areas (their pages must be there), stacks that grow, and small areas, which are not worth a fault.
 //!
 //! An area is registered whole or not at all: the flag is the area's, and areas that differ in it are not one to
-//! mremap(2). So are areas that touch one: what mprotect(2) has made two of may become one again. Each task makes its descriptor itself, as it is bound to the memory of who makes it; it is taken
-//! from there, and gone from the task when its own descriptors are in place.
+//! mremap(2). So are areas that touch one: what mprotect(2) has made two of may become one again. Each task makes its
+//! descriptor itself, as it is bound to the memory of who makes it; it is taken from there, and gone from the task when
+//! its own descriptors are in place.
 
 mod guard;
 mod pending;

@@ -404,7 +404,7 @@ fn can_bind(inet: &InetSocket, address: SocketAddr) -> bool {
     inet::new("", inet).is_ok_and(|fd| inet::bind(&fd, any, inet.scope).is_ok())
 }
 
-fn to_address(storage: &SockaddrStorage) -> Option<SocketAddr> {
+pub(crate) fn to_address(storage: &SockaddrStorage) -> Option<SocketAddr> {
     if let Some(v4) = storage.as_sockaddr_in() {
         return Some(SocketAddr::V4((*v4).into()));
     }

@@ -14,8 +14,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::errno::Errno;
-use torpor_kernel::Pid;
 use torpor_kernel::uffd::{Message, Userfaultfd};
+use torpor_kernel::{Pid, fds};
 
 /// The child; ended on drop.
 #[derive(Debug)]
@@ -121,7 +121,8 @@ fn watch(us: BorrowedFd<'_>, tree: &[i32], said: &[u8], logged: &[u8], done: &Do
     }
     if done.word().load(Ordering::SeqCst) == 0 {
         for pidfd in tree {
-            end_process(*pidfd);
+            // SAFETY: a copy of what we had when the guard was made, and never closed here.
+            fds::end(unsafe { BorrowedFd::borrow_raw(*pidfd) });
         }
         say(said, logged);
         while end_stragglers() {
@@ -133,12 +134,6 @@ fn watch(us: BorrowedFd<'_>, tree: &[i32], said: &[u8], logged: &[u8], done: &Do
         libc::syscall(libc::SYS_exit_group, 0);
         libc::abort()
     }
-}
-
-/// SIGKILL by pidfd.
-pub(super) fn end_process(pidfd: i32) {
-    // SAFETY: takes numbers and no siginfo. One that has ended needs no ending.
-    unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd, libc::SIGKILL, 0, 0) };
 }
 
 fn say(said: &[u8], logged: &[u8]) {

@@ -24,7 +24,7 @@ use torpor_kernel::pagemap::{PageScan, Want};
 use torpor_kernel::uffd::{Message, Userfaultfd};
 use torpor_kernel::{Pid, fds};
 
-use super::guard::{Guard, end_process, end_thread};
+use super::guard::{Guard, end_thread};
 use super::pending::{Part, Pending};
 use super::{Deferred, Lazy, Touched};
 use crate::error::{Error, Result};
@@ -444,7 +444,9 @@ impl Shared {
         let mut queue = lock(&self.queue);
         if queue.failed.is_none() && !queue.stop {
             queue.failed = Some(why);
-            self.tree.iter().for_each(|pidfd| end_process(pidfd.as_raw_fd()));
+            for pidfd in &self.tree {
+                fds::end(pidfd.as_fd());
+            }
         }
         for (_, fault) in queue.faults.drain(..) {
             end_thread(fault.thread);
