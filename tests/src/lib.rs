@@ -162,6 +162,23 @@ impl Said {
     }
 }
 
+/// Waits until a child ends; one that does not is ended.
+pub fn ended(child: &mut std::process::Child) -> Outcome<ExitStatus> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match child.try_wait().map_err(|e| e.to_string())? {
+            Some(status) => return Ok(status),
+            None if Instant::now() > deadline => {
+                let where_ = threads_of(child.id() as i32);
+                let _gone = child.kill();
+                let _reaped = child.wait();
+                return Err(format!("hangs:\n{where_}"));
+            }
+            None => std::thread::sleep(Duration::from_millis(2)),
+        }
+    }
+}
+
 /// Runs a program to its end, with nothing on its input.
 pub fn run(command: &mut Command) -> Outcome<Said> {
     let mut out = tempfile::tempfile().map_err(|e| e.to_string())?;
@@ -172,19 +189,7 @@ pub fn run(command: &mut Command) -> Outcome<Said> {
         .stderr(both()?)
         .spawn()
         .map_err(|e| format!("{}: {e}", command.get_program().display()))?;
-    let deadline = Instant::now() + PATIENCE;
-    let status = loop {
-        match child.try_wait().map_err(|e| e.to_string())? {
-            Some(status) => break status,
-            None if Instant::now() > deadline => {
-                let where_ = threads_of(child.id() as i32);
-                let _gone = child.kill();
-                let _reaped = child.wait();
-                return Err(format!("{command:?} hangs:\n{where_}"));
-            }
-            None => std::thread::sleep(Duration::from_millis(2)),
-        }
-    };
+    let status = ended(&mut child).map_err(|e| format!("{command:?} {e}"))?;
     let mut text = String::new();
     use std::io::{Read, Seek};
     out.rewind().map_err(|e| e.to_string())?;

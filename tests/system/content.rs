@@ -391,7 +391,7 @@ fn every() -> Outcome {
     reach(8)?;
     // SAFETY: a child of ours that was not collected yet.
     unsafe { libc::kill(dumps.id() as i32, libc::SIGINT) };
-    dumps.wait().map_err(io)?;
+    torpor_tests::ended(&mut dumps)?;
     let images = complete();
     // The last has what did not change from a file of the one before.
     let [.., before, last] = &images[..] else { return Err(format!("there are {images:?} only")) };

@@ -357,7 +357,7 @@ fn broken_pipe() -> Outcome {
         // SAFETY: kill takes numbers; it is a child of ours.
         unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
         let begin = std::time::Instant::now();
-        child.wait().map_err(|e| e.to_string())?;
+        torpor_tests::ended(&mut child)?;
         ensure!(begin.elapsed().as_secs() < 5, "it waits for a reader that does not read");
         it.victim.ticks(2)?;
     }

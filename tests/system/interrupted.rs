@@ -77,7 +77,7 @@ fn dump() -> Outcome {
         let mut child = start(&args, &said, None)?;
         std::thread::sleep(delay);
         send(&child, libc::SIGINT);
-        let status = child.wait().map_err(|e| e.to_string())?;
+        let status = torpor_tests::ended(&mut child)?;
         let text = fs::read_to_string(&said).map_err(|e| e.to_string())?;
         match status.signal() {
             Some(libc::SIGINT) => {
@@ -106,7 +106,7 @@ fn nohup() -> Outcome {
             std::thread::sleep(Duration::from_millis(1 + round % 4));
             send(&child, libc::SIGHUP);
         }
-        let status = child.wait().map_err(|e| e.to_string())?;
+        let status = torpor_tests::ended(&mut child)?;
         let text = fs::read_to_string(&said).map_err(|e| e.to_string())?;
         ensure!(status.success(), "round {round}: {status}: {text}");
     }
@@ -150,7 +150,7 @@ fn restore() -> Outcome {
         let mut child = start(&["restore", "--detach", &dir], &said, None)?;
         std::thread::sleep(delay);
         send(&child, [libc::SIGINT, libc::SIGTERM, libc::SIGHUP][round as usize % 3]);
-        let status = child.wait().map_err(|e| e.to_string())?;
+        let status = torpor_tests::ended(&mut child)?;
         if status.success() {
             // It was too late.
             victim.restored();
@@ -197,7 +197,7 @@ fn killed() -> Outcome {
         let mut child = start(&["restore", "--detach", dir], &said, None)?;
         std::thread::sleep(Duration::from_micros(round * 131 % 6_500));
         send(&child, if round % 2 == 0 { libc::SIGKILL } else { libc::SIGQUIT });
-        let status = child.wait().map_err(|e| e.to_string())?;
+        let status = torpor_tests::ended(&mut child)?;
         if status.success() {
             victim.restored();
             victim.kill();

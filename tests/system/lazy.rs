@@ -6,7 +6,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
-use torpor_tests::{Outcome, PATIENCE, Victim, ensure, run_torpor, state, torpor_command};
+use torpor_tests::{Outcome, PATIENCE, Victim, ended, ensure, run_torpor, state, torpor_command};
 
 pub(crate) fn trials() -> Vec<Trial> {
     macro_rules! all {
@@ -196,10 +196,10 @@ fn cut_off() -> Outcome {
     let data = if data.exists() { data } else { biggest(&image)? };
     let file = fs::File::options().write(true).open(&data).map_err(|e| format!("{data:?}: {e}"))?;
     let length = file.metadata().map_err(|e| e.to_string())?.len();
-    // Nothing comes unasked: what is cut off is still needed.
+    // Nothing comes unasked, and nothing is asked for until it goes on: what is cut off is still needed.
     let list = victim.dir.path().join("working-set");
-    let args =
-        ["restore", "--lazy", "--record", list.to_str().ok_or("a path")?, image.to_str().ok_or("a path")?];
+    let (list, path) = (list.to_str().ok_or("a path")?, image.to_str().ok_or("a path")?);
+    let args = ["restore", "--lazy", "--stopped", "--record", list, path];
     let said = fs::File::create(victim.dir.path().join("torpor-said")).map_err(|e| e.to_string())?;
     let before = victim.count()?;
     let mut child = torpor_command(&args)
@@ -208,9 +208,15 @@ fn cut_off() -> Outcome {
         .stderr(said)
         .spawn()
         .map_err(|e| e.to_string())?;
-    victim.ticks_from(before, 1)?;
+    let deadline = Instant::now() + PATIENCE;
+    while state(victim.pid) != Some('T') {
+        ensure!(Instant::now() < deadline, "it is not restored");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     file.set_len(length / 8).map_err(|e| e.to_string())?;
-    let status = child.wait().map_err(|e| e.to_string())?;
+    // SAFETY: kill takes numbers only; the group is the victim's own.
+    unsafe { libc::kill(-victim.pid, libc::SIGCONT) };
+    let status = ended(&mut child).map_err(|e| format!("{args:?} {e}"))?;
     let said = fs::read_to_string(victim.dir.path().join("torpor-said")).unwrap_or_default();
     ensure!(status.code() == Some(12), "{status} instead of exit code 12: {said}");
     ensure!(said.contains("cannot be read"), "it does not say why: {said}");

@@ -289,8 +289,7 @@ fn two_dumps() -> Outcome {
                 .map_err(|e| e.to_string())
         };
         let (mut a, mut b) = (start(&first)?, start(&second)?);
-        let code =
-            |child: &mut std::process::Child| child.wait().map(|s| s.code()).map_err(|e| e.to_string());
+        let code = |child: &mut std::process::Child| torpor_tests::ended(child).map(|s| s.code());
         let codes = (code(&mut a)?, code(&mut b)?);
         ensure!(
             matches!(codes, (Some(0), Some(OUTPUT)) | (Some(OUTPUT), Some(0))),

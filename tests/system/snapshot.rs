@@ -190,7 +190,7 @@ fn copy() -> Outcome {
     let ticks = victim.ticks(4);
     // SAFETY: kill takes numbers; the dump is our child.
     unsafe { libc::kill(dump.id() as i32, libc::SIGCONT) };
-    let status = dump.wait().map_err(|e| e.to_string())?;
+    let status = torpor_tests::ended(&mut dump)?;
     looked?;
     ticks?;
     ensure!(status.success(), "the dump ends with {status}");
@@ -222,7 +222,7 @@ fn lost() -> Outcome {
         libc::kill(copy, libc::SIGKILL);
         libc::kill(dump.id() as i32, libc::SIGCONT);
     }
-    let status = dump.wait().map_err(|e| e.to_string())?;
+    let status = torpor_tests::ended(&mut dump)?;
     ensure!(status.success(), "the dump ends with {status}");
     gone(copy)?;
     let mut images = fs::read_dir(victim.dir.path()).map_err(|e| e.to_string())?.flatten();

@@ -252,7 +252,7 @@ fn attached() -> Outcome {
         .map_err(|e| e.to_string())?;
     let ticked = victim.ticks_from(victim.count()?, 5);
     signal(torpor.id() as i32, libc::SIGTERM);
-    let status = torpor.wait().map_err(|e| e.to_string())?;
+    let status = torpor_tests::ended(&mut torpor)?;
     ticked?;
     ensure!(status.code() == Some(128 + libc::SIGTERM), "it exits with {status}");
     ensure!(state(victim.pid).is_none(), "the program is still there");

@@ -253,7 +253,7 @@ fn every() -> Outcome {
     }
     // SAFETY: a child of ours that was not collected yet.
     unsafe { libc::kill(dumps.id() as i32, libc::SIGINT) };
-    dumps.wait().map_err(|e| e.to_string())?;
+    torpor_tests::ended(&mut dumps)?;
     victim.ticks(4)?;
     victim.kill();
     let complete: Vec<PathBuf> = names().into_iter().filter(|n| n.join("manifest.tpr").exists()).collect();
