@@ -111,12 +111,18 @@ fn recorded() -> Outcome {
     Ok(())
 }
 
-/// A victim that is dumped once and restored again and again.
+/// A victim that is dumped once and restored again and again. It has no child just then: what both see does not wait.
 fn dumped() -> Outcome<(Victim, PathBuf)> {
-    let mut victim = Victim::start("lazy", &["256"])?;
-    let log = victim.log();
-    let image = dump(&mut victim, &["--truncate-files", log.to_str().ok_or("a path")?])?;
-    Ok((victim, image))
+    for _ in 0..20 {
+        let mut victim = Victim::start("lazy", &["256"])?;
+        let log = victim.log();
+        let image = dump(&mut victim, &["--truncate-files", log.to_str().ok_or("a path")?])?;
+        let tasks = fs::read_dir(&image).map_err(|e| e.to_string())?.flatten();
+        if tasks.filter(|f| f.file_name().to_string_lossy().starts_with("task-")).count() == 1 {
+            return Ok((victim, image));
+        }
+    }
+    Err("it always has a child".into())
 }
 
 /// Collects those of the victim's group that have become our children.
