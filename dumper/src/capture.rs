@@ -229,7 +229,7 @@ fn looks(
     let look = |&(own, pid): &(Pid, Pid)| task::look(own, pid, areas.get(&pid).copied());
     let own = |(_, shares): &(_, &Shares)| shares.descriptors.is_none();
     let mut found =
-        description::look(&opened.iter().zip(shares).filter(own).map(|(o, _)| o).collect::<Vec<_>>())?
+        description::look(&opened.iter().zip(shares).filter(own).map(|(o, _)| o).collect::<Vec<_>>(), false)?
             .into_iter();
     let found =
         shares.iter().map(|s| s.descriptors.map_or_else(|| found.next(), |_| None).unwrap_or_default());

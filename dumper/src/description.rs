@@ -3,7 +3,7 @@
 use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::sys::stat::SFlag;
 use torpor_image::description::{Description, Kind, Owner};
@@ -37,6 +37,16 @@ pub(crate) struct Found {
     pub(crate) link: Vec<u8>,
     pub(crate) stat: libc::stat,
     pub(crate) info: FdInfo,
+    /// What is told through a descriptor of ours for the same description; not asked while the process runs.
+    pub(crate) told: Told,
+}
+
+/// What a descriptor of ours tells.
+#[derive(Debug, Default)]
+pub(crate) struct Told {
+    /// Who is told of what happens to it.
+    pub(crate) owner: Option<Owner>,
+    pub(crate) pipe: Option<pipe::Filling>,
 }
 
 impl Found {
@@ -52,7 +62,7 @@ impl Found {
 
     /// The file type bits.
     pub(crate) fn file_type(&self) -> SFlag {
-        SFlag::from_bits_truncate(self.stat.st_mode) & SFlag::S_IFMT
+        file_type(&self.stat)
     }
 
     /// A descriptor of ours for the same description.
@@ -68,6 +78,10 @@ impl Found {
     }
 }
 
+fn file_type(stat: &libc::stat) -> SFlag {
+    SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT
+}
+
 /// What a process has open.
 #[derive(Debug, Default)]
 pub(crate) struct Table {
@@ -75,20 +89,29 @@ pub(crate) struct Table {
     pub(crate) locks: Vec<PosixLock>,
 }
 
-/// Every descriptor of these processes. One that vanishes meanwhile, as happens to a running process, is left out.
-pub(crate) fn look(all: &[&Opened]) -> Result<Vec<Vec<Found>>> {
+/// Every descriptor of these processes, which are `live` or stand. One that vanishes meanwhile, as happens to a running
+/// process, is left out.
+pub(crate) fn look(all: &[&Opened], live: bool) -> Result<Vec<Vec<Found>>> {
     let of = |opened: &&Opened, range: Range<usize>| {
-        let shown = &opened.shown;
+        let (pid, shown) = (opened.pid, &opened.shown);
+        let pidfd = match live {
+            true => None,
+            false => Some(fds::pidfd_open(pid).map_err(Error::kernel(pid, "reaching its descriptors"))?),
+        };
         let mut all = Vec::with_capacity(range.len());
         for (fd, link) in &opened.fds[range] {
             let look = || {
-                let (stat, info) = (shown.stat(*fd)?, shown.fdinfo(*fd)?);
-                Ok(Found { pid: opened.pid, fd: *fd, link: link.clone(), stat, info })
+                let info = shown.fdinfo(*fd)?;
+                let (stat, told) = match &pidfd {
+                    Some(pidfd) => ask(&fds::getfd(pidfd.as_fd(), *fd)?, &info)?,
+                    None => (shown.stat(*fd)?, Told::default()),
+                };
+                Ok(Found { pid, fd: *fd, link: link.clone(), stat, info, told })
             };
             match look() {
                 Ok(found) => all.push(found),
                 Err(e) if torpor_kernel::Error::is_gone(&e) => {}
-                Err(e) => return Err(Error::kernel(opened.pid, format!("reading fd {fd}"))(e)),
+                Err(e) => return Err(Error::kernel(pid, format!("reading fd {fd}"))(e)),
             }
         }
         Ok(all)
@@ -96,14 +119,29 @@ pub(crate) fn look(all: &[&Opened]) -> Result<Vec<Vec<Found>>> {
     workers::parts(all, |opened| opened.fds.len(), of)
 }
 
+/// Asks a descriptor of ours for the same description: that is a shorter way than the one through /proc.
+fn ask(fd: &OwnedFd, info: &FdInfo) -> torpor_kernel::Result<(libc::stat, Told)> {
+    let stat = nix::sys::stat::fstat(fd)
+        .map_err(|errno| torpor_kernel::Error::syscall("fstat", fd.as_raw_fd(), errno))?;
+    // One that only stands for a path tells nothing else (open(2), O_PATH).
+    if info.flags & libc::O_PATH as u32 != 0 {
+        return Ok((stat, Told::default()));
+    }
+    let pipe = if file_type(&stat) == SFlag::S_IFIFO { pipe::filling(fd) } else { None };
+    Ok((stat, Told { owner: owner(fd), pipe }))
+}
+
 /// Whether an error says that a descriptor is there no more, or its process.
 fn closed(error: &torpor_kernel::Error) -> bool {
     error.is_gone() || error.errno() == Some(nix::errno::Errno::EBADF)
 }
 
-pub(crate) fn look_at(pid: Pid, fd: i32) -> torpor_kernel::Result<Found> {
-    let link = fds::readlink(pid, fd)?;
-    Ok(Found { pid, fd, link, stat: fds::stat(pid, fd)?, info: torpor_kernel::fdinfo::fdinfo(pid, fd)? })
+/// A descriptor of torpor's own.
+pub(crate) fn look_at(fd: &OwnedFd) -> torpor_kernel::Result<Found> {
+    let (pid, number) = (Pid::this(), fd.as_raw_fd());
+    let info = torpor_kernel::fdinfo::fdinfo(pid, number)?;
+    let (stat, told) = ask(fd, &info)?;
+    Ok(Found { pid, fd: number, link: fds::readlink(pid, number)?, stat, info, told })
 }
 
 /// Collects what is behind the descriptors of a whole tree, `all` of them by process. Gives the tables in the
@@ -184,7 +222,7 @@ impl Collector {
     ) -> Result<Option<DescriptionId>> {
         let this = Pid::this();
         let raw = fd.as_raw_fd();
-        let found = look_at(this, raw).map_err(Error::kernel(self.pid, "reading a descriptor in flight"))?;
+        let found = look_at(fd).map_err(Error::kernel(self.pid, "reading a descriptor in flight"))?;
         let inode = (found.stat.st_dev, found.stat.st_ino);
         for known in self.known.iter().filter(|k| k.inode == inode) {
             // A running process may have closed it since.
@@ -301,13 +339,11 @@ fn describe(
     let id = DescriptionId(collector.objects.descriptions.len() as u32);
     let (flock, ofd_locks) = locks(found);
     let lease = lease::collect(collector, found, &kind);
-    let asks = !collector.live && found.info.flags & libc::O_PATH as u32 == 0;
-    let owner = if asks { owner(collector, found)? } else { None };
     collector.objects.descriptions.push(Description {
         id,
         flags: found.info.flags & !O_CLOEXEC,
         position: found.info.pos,
-        owner,
+        owner: found.told.owner,
         flock,
         ofd_locks,
         lease,
@@ -461,15 +497,14 @@ fn posix_locks(collector: &Collector, all: &[Found], table: &Table) -> Vec<Posix
     locks
 }
 
-fn owner(collector: &mut Collector, found: &Found) -> Result<Option<Owner>> {
-    let fd = found.get(collector)?;
+fn owner(fd: &OwnedFd) -> Option<Owner> {
     let mut owner = [0i32; 2];
     // SAFETY: F_GETOWN_EX fills a `struct f_owner_ex`, two ints; F_GETSIG takes nothing.
     let (got, signal) = unsafe {
         (libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, owner.as_mut_ptr()), libc::fcntl(fd.as_raw_fd(), F_GETSIG))
     };
     let set = got == 0 && (owner[1] != 0 || signal > 0);
-    Ok(set.then_some(Owner { kind: owner[0], id: owner[1], signal: signal.max(0) }))
+    set.then_some(Owner { kind: owner[0], id: owner[1], signal: signal.max(0) })
 }
 
 /// A path from a link of /proc, without the mark of a deleted file.

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use torpor_image::description::Kind;
@@ -14,6 +15,23 @@ use crate::collect::Collector;
 use crate::description::Found;
 use crate::error::{Error, Result};
 use crate::{freeze, inode};
+
+/// How large a pipe is, and how full.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Filling {
+    capacity: i32,
+    /// Bytes that wait in it.
+    waiting: i32,
+}
+
+/// Asks one of its ends.
+pub(crate) fn filling(fd: &OwnedFd) -> Option<Filling> {
+    let capacity = fcntl(fd, FcntlArg::F_GETPIPE_SZ).ok()?;
+    let mut waiting = 0i32;
+    // SAFETY: FIONREAD fills an int.
+    let got = unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut waiting) };
+    (got == 0).then_some(Filling { capacity, waiting })
+}
 
 /// Collects the pipe behind `found`; `all` are the descriptors of the tree for it.
 pub(crate) fn collect(collector: &mut Collector, all: &[&Found], found: &Found) -> Result<Option<Kind>> {
@@ -57,20 +75,21 @@ pub(crate) fn collect(collector: &mut Collector, all: &[&Found], found: &Found) 
             return Ok(None);
         }
     }
-    let any = found.get(collector)?;
-    let capacity = fcntl(&any, FcntlArg::F_GETPIPE_SZ).map_err(|e| {
-        Error::kernel(collector.pid, found.title())(torpor_kernel::Error::syscall(
-            "fcntl(F_GETPIPE_SZ)",
-            found.fd,
-            e,
-        ))
-    })?;
+    let filling = match found.told.pipe {
+        Some(filling) => filling,
+        None => filling(&found.get(collector)?)
+            .ok_or_else(|| failed(found, "fcntl(F_GETPIPE_SZ)", Errno::last()))?,
+    };
     let (data, packets) = match reader {
-        Some(reader) if !collector.live => contents(collector, reader, capacity)?,
+        // Every buffer of a pipe has bytes in it.
+        Some(reader) if !collector.live && filling.waiting > 0 => {
+            contents(collector, reader, filling.capacity)?
+        }
         _ => (Bytes::default(), Vec::new()),
     };
     let number = found.stat.st_ino;
-    let pipe = collector.pipe(key, |id| Pipe { id, number, capacity: capacity as u32, data, packets, fifo });
+    let pipe =
+        collector.pipe(key, |id| Pipe { id, number, capacity: filling.capacity as u32, data, packets, fifo });
     Ok(Some(Kind::Pipe(PipeEnd { pipe })))
 }
 
@@ -100,6 +119,11 @@ fn holder(collector: &Collector, found: &Found) -> Option<String> {
         .map(|pid| format!("pid {pid} ({})", freeze::name_of(pid.0)))
 }
 
+fn failed(found: &Found, call: &'static str, errno: Errno) -> Error {
+    let error = torpor_kernel::Error::syscall(call, found.fd, errno);
+    Error::kernel(found.pid, format!("reading {}", found.title()))(error)
+}
+
 /// Copies what is in a pipe without taking it out, and tells packets from the stream.
 ///
 /// A pipe is a ring of buffers; one that was written with `O_DIRECT` is a packet: a read takes no more than that one,
@@ -107,31 +131,21 @@ fn holder(collector: &Collector, found: &Found) -> Option<String> {
 /// seen only by its effect. So each buffer of the copy is moved by itself, through a pipe with room for one, to where
 /// a byte of ours stands behind it: a read that asks for both gets that byte too, unless the buffer is a packet.
 fn contents(collector: &mut Collector, reader: &Found, capacity: i32) -> Result<(Bytes, Vec<Packet>)> {
-    let pid = reader.pid;
-    let fail = |call: &'static str, errno| {
-        Error::kernel(pid, format!("reading {}", reader.title()))(torpor_kernel::Error::syscall(
-            call, reader.fd, errno,
-        ))
-    };
+    let fail = |call: &'static str, errno| failed(reader, call, errno);
     let new = |size: i32| -> Result<(OwnedFd, OwnedFd)> {
         let ends = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|e| fail("pipe2", e))?;
         fcntl(&ends.1, FcntlArg::F_SETPIPE_SZ(size)).map_err(|e| fail("fcntl(F_SETPIPE_SZ)", e))?;
         Ok(ends)
     };
     let from = reader.get(collector)?;
-    let mut waiting = 0i32;
-    // SAFETY: FIONREAD fills an int. Every buffer of a pipe has bytes in it.
-    if unsafe { libc::ioctl(from.as_raw_fd(), libc::FIONREAD, &raw mut waiting) } == 0 && waiting == 0 {
-        return Ok((Bytes::default(), Vec::new()));
-    }
     // As many slots as the original: its buffers may each be filled only in part.
     let (copy, into) = new(capacity)?;
     // SAFETY: tee takes two descriptors and no memory.
     let got =
         unsafe { libc::tee(from.as_raw_fd(), into.as_raw_fd(), i32::MAX as usize, libc::SPLICE_F_NONBLOCK) };
     if got < 0 {
-        return match nix::errno::Errno::last() {
-            nix::errno::Errno::EAGAIN => Ok((Bytes::default(), Vec::new())),
+        return match Errno::last() {
+            Errno::EAGAIN => Ok((Bytes::default(), Vec::new())),
             e => Err(fail("tee", e)),
         };
     }
@@ -160,9 +174,9 @@ fn move_buffers(from: &OwnedFd, into: &OwnedFd) -> nix::Result<usize> {
     let (from, into, all) = (from.as_raw_fd(), into.as_raw_fd(), i32::MAX as usize);
     // SAFETY: splice takes two descriptors; pipes have no offsets to be told.
     let moved = unsafe { libc::splice(from, none, into, none, all, libc::SPLICE_F_NONBLOCK) };
-    match nix::errno::Errno::result(moved)? {
+    match Errno::result(moved)? {
         // It would go on for ever.
-        0 => Err(nix::errno::Errno::EIO),
+        0 => Err(Errno::EIO),
         moved => Ok(moved as usize),
     }
 }

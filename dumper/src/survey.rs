@@ -149,7 +149,7 @@ fn look(
     collector.members = found.living.iter().map(|(pid, _)| pid.0).collect();
     let mut tables = Vec::new();
     let mut looks =
-        workers::each(&found.living, |(pid, _)| description::look(&[&Opened::read(living(*pid))?]))
+        workers::each(&found.living, |(pid, _)| description::look(&[&Opened::read(living(*pid))?], true))
             .into_iter();
     found.living.retain(|&(pid, _)| {
         // Only the root must be there; another process may end at any moment.

@@ -8,7 +8,7 @@
 //! fs/notify/fdinfo.c, fs/pidfs.c. Devices in epoll, inotify and fanotify lines (`sdev`) are in the kernel's internal
 //! encoding: major << 20 | minor.
 
-use crate::text::{device, hex, key_value, lines, number, octal, read, words};
+use crate::text::{device, hex, key_value, lines, number, octal, words};
 use crate::{Error, Pid, Result};
 
 /// One fdinfo file.
@@ -248,7 +248,7 @@ pub struct Lock {
 /// Reads the info of one descriptor.
 pub fn fdinfo(pid: Pid, fd: i32) -> Result<FdInfo> {
     let path = format!("/proc/{pid}/fdinfo/{fd}");
-    parse_file(&path, &read(&path)?)
+    parse_file(&path, &crate::text::read_record(&path)?)
 }
 
 /// Parses the text of an fdinfo file.

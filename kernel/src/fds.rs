@@ -61,7 +61,7 @@ impl Shown {
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
         let file = nix::fcntl::openat(infos, name(fd).as_c_str(), flags, Mode::empty())
             .map_err(|errno| Error::syscall("open", path(), errno))?;
-        crate::text::with_open(file.into(), &path(), crate::fdinfo::parse)?
+        crate::text::with_record(file.into(), &path(), crate::fdinfo::parse)?
     }
 }
 

@@ -37,9 +37,9 @@ pub(crate) fn with<T>(path: &str, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
     take(path, false, look)
 }
 
-/// The same of a file that is open.
-pub(crate) fn with_open<T>(file: File, path: &str, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
-    take_open(file, path, false, look)
+/// The same of a file of one record that is open.
+pub(crate) fn with_record<T>(file: File, path: &str, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
+    take_open(file, path, true, look)
 }
 
 fn take<T>(path: &str, record: bool, look: impl FnOnce(&[u8]) -> T) -> Result<T> {

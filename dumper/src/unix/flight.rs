@@ -172,7 +172,7 @@ pub(crate) fn resolve(collector: &mut Collector, ends: &HashMap<(u64, u64), Vec<
 /// What is on its way, as entries of a table.
 pub(crate) fn flight(collector: &Collector) -> Vec<Found> {
     let all = collector.sockets.flight.iter();
-    all.filter_map(|fd| description::look_at(Pid::this(), fd.as_raw_fd()).ok()).collect()
+    all.filter_map(|fd| description::look_at(fd).ok()).collect()
 }
 
 /// One message and whether it is the urgent byte.
