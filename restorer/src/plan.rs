@@ -211,28 +211,7 @@ pub fn plan(image: &Image, host: &Host, options: &Options) -> Result<Plan> {
         remedy: "this image cannot be restored here".into(),
     };
 
-    // Scripts are made twice: their length does not depend on the addresses in them.
-    let shared: Vec<_> = image.objects.inodes.iter().filter(|i| i.is_shared_memory()).collect();
-    let mut lengths: Vec<u64> = shared.iter().map(|i| i.size.next_multiple_of(PAGE)).collect();
-    let nowhere = Place { park: 0, blob: 0, arena: 0, arena_length: 0, segments: 0 };
-    let anywhere = shared.iter().map(|i| (i.id, 0)).collect();
-    let scripts = scripts(&mut planner, &lineage, nowhere, &anywhere, options)?;
-    let blob_length = (torpor_blob::BLOB.len() as u64).next_multiple_of(PAGE);
-    let parking = vma::parking(host).next_multiple_of(PAGE);
-    let arena_length = scripts.layout().end.next_multiple_of(PAGE);
-    let length = parking + blob_length + arena_length;
-    let segments = sysv_shm::scratch(image);
-    lengths.extend((segments > 0).then_some(segments));
-    lengths.push(length);
-    let mut places = vma::free_ranges(host, image, &lengths).ok_or_else(no_room)?;
-    let park = places.pop().ok_or_else(no_room)?;
-    let segments = if segments > 0 { places.pop().ok_or_else(no_room)? } else { 0 };
-    let (blob, arena) = (park + parking, park + parking + blob_length);
-    let place = Place { park, blob, arena, arena_length, segments };
-    let scratch = shared.iter().map(|i| i.id).zip(places).collect();
-    planner.opens.clear();
-    planner.feeds.clear();
-    let scripts = self::scripts(&mut planner, &lineage, place, &scratch, options)?;
+    let (place, scripts) = placed(&mut planner, &lineage, options)?.ok_or_else(no_room)?;
 
     description::in_flight(&mut planner);
     let names = planner.opens.iter().map(|o| print::name(image, o)).collect();
@@ -258,6 +237,62 @@ pub fn plan(image: &Image, host: &Host, options: &Options) -> Result<Plan> {
         titles,
         options: options.clone(),
     })
+}
+
+/// Makes all scripts, and finds a place for them that is free in every task; none if there is no such place.
+///
+/// Scripts know where they lie, and so must be made for a place that has room for them, but their length does not depend
+/// on the addresses in them. The place is chosen for what they take as a rule, and anew where they took more.
+fn placed(
+    planner: &mut Planner<'_>,
+    lineage: &Lineage,
+    options: &Options,
+) -> Result<Option<(Place, Scripts)>> {
+    let (image, host) = (planner.image, planner.host);
+    let shared: Vec<_> = image.objects.inodes.iter().filter(|i| i.is_shared_memory()).collect();
+    let blob_length = (torpor_blob::BLOB.len() as u64).next_multiple_of(PAGE);
+    let parking = vma::parking(host).next_multiple_of(PAGE);
+    let segments_length = sysv_shm::scratch(image);
+    let find = |arena_length: u64| {
+        let mut lengths: Vec<u64> = shared.iter().map(|i| i.size.next_multiple_of(PAGE)).collect();
+        lengths.extend((segments_length > 0).then_some(segments_length));
+        lengths.push(parking + blob_length + arena_length);
+        let mut places = vma::free_ranges(host, image, &lengths)?;
+        let park = places.pop()?;
+        let segments = if segments_length > 0 { places.pop()? } else { 0 };
+        let (blob, arena) = (park + parking, park + parking + blob_length);
+        let scratch: BTreeMap<InodeId, u64> = shared.iter().map(|i| i.id).zip(places).collect();
+        Some((Place { park, blob, arena, arena_length, segments }, scratch))
+    };
+    let mut found = find(room(image)).or_else(|| find(PAGE));
+    while let Some((place, scratch)) = found {
+        planner.opens.clear();
+        planner.feeds.clear();
+        let scripts = scripts(planner, lineage, place, &scratch, options)?;
+        let needed = scripts.layout().end.next_multiple_of(PAGE);
+        if needed <= place.arena_length {
+            return Ok(Some((place, scripts)));
+        }
+        found = find(needed);
+    }
+    Ok(None)
+}
+
+/// What the scripts of an image take as a rule, and up to twice as much: their steps are counted by what they are for.
+fn room(image: &Image) -> u64 {
+    let of = |task: &Task| {
+        let pages = image.records(task.memory.pages);
+        let bytes: u64 = pages.iter().fold(0, |sum, r| sum.saturating_add(r.length));
+        let counts = [
+            (1, 24 << 10),
+            (task.threads.len(), 8 << 10),
+            (task.memory.vmas.len() + pages.len() + task.descriptors.len(), 400),
+            ((bytes >> 20) as usize, 128),
+        ];
+        counts.iter().fold(0u64, |sum, (count, each)| sum.saturating_add(*count as u64 * each))
+    };
+    let all = image.tasks.iter().map(of).fold(64 << 10, u64::saturating_add);
+    all.min(1 << 30).next_multiple_of(PAGE)
 }
 
 /// Every script of a restore.
