@@ -19,7 +19,7 @@ use crate::raw::{self, Mode, Watch};
 use crate::sample::{Tool, warm};
 use crate::series::Series;
 use crate::victim::{map, next};
-use crate::{inquiry, room};
+use crate::{inquiry, room, small};
 
 const GIB: usize = 1 << 30;
 const HUGE: usize = 2 << 20;
@@ -65,13 +65,40 @@ const BOUNDS: &[Mechanism] = &[
     ("fork, execve, exit and wait of an empty program", ("4 MiB", "restore"), "", 64, start_empty),
     ("the same of `torpor --version`", ("4 MiB", "dump"), "< 2 ms", 64, start_torpor),
     (
+        "a process of 4 MiB stopped, its smaps, three times let go and stopped, its memory copied",
+        ("4 MiB", "frozen"),
+        "",
+        64,
+        small::frozen,
+    ),
+    (
+        "`torpor --version`, the same, and six files with 4 MiB written",
+        ("4 MiB", "dump"),
+        "",
+        64,
+        small::dump,
+    ),
+    (
+        "`torpor --version`, fork, 4 MiB made and read from a file, stopped and let go",
+        ("4 MiB", "restore"),
+        "",
+        64,
+        small::restore,
+    ),
+    (
         "PTRACE_SEIZE, INTERRUPT, wait, two register sets, DETACH, of 1,000 threads",
         ("1,000 sleeping threads", "freezing + frozen"),
         "",
         128,
         inquiry::threads,
     ),
-    ("/proc/PID/maps of 10,000 areas", ("10,000 areas", "frozen"), "", 128, inquiry::areas),
+    (
+        "/proc/PID/maps of 10,000 areas, and their memory copied",
+        ("10,000 areas", "frozen"),
+        "",
+        128,
+        inquiry::areas,
+    ),
     (
         "pidfd_getfd, fdinfo, fstat, close, 2,000 times",
         ("2,000 descriptors", "frozen"),
@@ -275,7 +302,7 @@ fn starts(ground: &Ground<'_>, command: &mut Command) -> anyhow::Result<Vec<f64>
 }
 
 /// Runs `work` in a child and gives what it returns.
-fn in_child(work: impl FnOnce() -> anyhow::Result<f64>) -> anyhow::Result<f64> {
+pub(crate) fn in_child(work: impl FnOnce() -> anyhow::Result<f64>) -> anyhow::Result<f64> {
     let mut ends = [0i32; 2];
     // SAFETY: pipe2 fills two ints; the child uses its copy of our memory, and this process has one thread.
     unsafe {

@@ -17,6 +17,7 @@ mod report;
 mod room;
 mod sample;
 mod series;
+mod small;
 mod victim;
 
 use clap::{Parser, Subcommand};

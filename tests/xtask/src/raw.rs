@@ -139,3 +139,11 @@ pub(crate) fn pidfd(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: takes numbers.
     fd(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })
 }
+
+/// process_vm_readv(2) of one piece: how many bytes, or what is less than that.
+pub(crate) fn read_memory(pid: i32, from: usize, into: &mut [u8]) -> isize {
+    let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+    let remote = libc::iovec { iov_base: std::ptr::without_provenance_mut(from), iov_len: into.len() };
+    // SAFETY: one is exclusively borrowed; the other is checked by the kernel.
+    unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) }
+}
