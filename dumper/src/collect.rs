@@ -165,6 +165,13 @@ impl Collector {
         self.inodes.get(&(device, number)).copied()
     }
 
+    /// Whether a regular file that was met is to be found again by this path: it was seen to lead there.
+    pub(crate) fn leads_to(&self, id: InodeId, path: &Bytes) -> bool {
+        let inode = &self.objects.inodes[id.0 as usize];
+        let regular = inode.mode & libc::S_IFMT == libc::S_IFREG;
+        regular && matches!(&inode.source, Source::Path { path: known } if known == path)
+    }
+
     /// Adds an inode that was not met before.
     pub(crate) fn add_inode(&mut self, stat: &libc::stat, source: Source) -> InodeId {
         let id = InodeId(self.objects.inodes.len() as u32);

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 
 use torpor_image::Bytes;
 use torpor_kernel::fds::{self, KcmpType};
@@ -328,6 +329,16 @@ fn preconditions(pid: Pid) -> Result<status::Status> {
     Ok(status)
 }
 
+/// Those of torpor itself, which stays in them.
+fn own_namespaces() -> torpor_kernel::Result<&'static [(String, u64)]> {
+    static OWN: OnceLock<Vec<(String, u64)>> = OnceLock::new();
+    if let Some(own) = OWN.get() {
+        return Ok(own);
+    }
+    let own = process::namespaces(Pid::this())?;
+    Ok(OWN.get_or_init(|| own))
+}
+
 /// Refusals about the process as a whole; the root must share nothing with processes outside.
 pub(crate) fn refuse_process(
     collector: &mut Collector,
@@ -336,12 +347,12 @@ pub(crate) fn refuse_process(
 ) -> Result<()> {
     let pid = collector.pid;
     let theirs = process::namespaces(pid).map_err(Error::looking(pid, "reading its namespaces"))?;
-    for (name, own) in process::namespaces(Pid::this()).map_err(Error::kernel(pid, "reading namespaces"))? {
+    for (name, own) in own_namespaces().map_err(Error::kernel(pid, "reading namespaces"))? {
         // That of children is named only where it is another one.
         let of_children = name.strip_suffix("_for_children");
         let inode = |wanted: &str| theirs.iter().find(|(n, _)| n == wanted).map(|(_, inode)| *inode);
-        let same_as_own = of_children.is_some_and(|own| inode(own) == inode(&name));
-        if !same_as_own && inode(&name).is_some_and(|inode| inode != own) {
+        let same_as_own = of_children.is_some_and(|own| inode(own) == inode(name));
+        if !same_as_own && inode(name).is_some_and(|inode| inode != *own) {
             collector.refuse(
                 format!("its {name} namespace"),
                 "it is not torpor's own, and namespaces cannot be dumped yet",

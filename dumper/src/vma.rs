@@ -1,6 +1,7 @@
 //! Virtual memory areas, from smaps; the files behind them from map_files where their paths do not lead to
 //! them.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
@@ -9,7 +10,7 @@ use torpor_image::inode::Source;
 use torpor_image::vma::{Lock, Mapping as Maps, Vma};
 use torpor_image::{Bytes, InodeId};
 use torpor_kernel::ids::Pid;
-use torpor_kernel::maps::{Kind, Mapping};
+use torpor_kernel::maps::{Kind, Mapping, VmFlags};
 
 use crate::collect::{Collector, Content, stat_path};
 use crate::error::{Error, Result};
@@ -46,18 +47,51 @@ const REFUSED: [(&str, &str); 10] = [
     ("dp", "droppable memory"),
 ];
 
+/// What the flags of an area say.
+struct Told {
+    /// Nothing that a dump might refuse.
+    plain: bool,
+    grows_down: bool,
+    no_reserve: bool,
+    locked: Lock,
+    advice: Vec<i32>,
+}
+
+impl Told {
+    fn by(flags: &VmFlags) -> Self {
+        Told {
+            plain: flags.words.iter().all(|word| is_plain(std::str::from_utf8(word).unwrap_or("??"))),
+            grows_down: flags.has("gd"),
+            no_reserve: flags.has("nr"),
+            locked: match (flags.has("lo"), flags.has("lf")) {
+                (false, _) => Lock::No,
+                (true, false) => Lock::Yes,
+                (true, true) => Lock::OnFault,
+            },
+            advice: ADVICE.iter().filter(|(word, _)| flags.has(word)).map(|(_, a)| *a).collect(),
+        }
+    }
+}
+
+fn is_plain(word: &str) -> bool {
+    PLAIN.contains(&word) || ADVICE.iter().any(|(w, _)| *w == word)
+}
+
 /// Collects the areas of the address space.
 pub(crate) fn collect(collector: &mut Collector, maps: &[Mapping]) -> Result<Vec<Vma>> {
     let mut vmas: Vec<Vma> = Vec::with_capacity(maps.len());
+    // Thousands of areas have a few sets of flags.
+    let mut sets: HashMap<&[[u8; 2]], Told> = HashMap::new();
     for mapping in maps {
         if mapping.kind() == Kind::Vsyscall {
             continue;
         }
         let refused = collector.refusals.len();
         let target = target(collector, mapping)?;
+        let told = sets.entry(&mapping.flags.words).or_insert_with(|| Told::by(&mapping.flags));
         // What it maps says more than how.
         if collector.refusals.len() == refused {
-            refuse_flags(collector, mapping);
+            refuse_flags(collector, mapping, told.plain);
         }
         if collector.refusals.len() > refused {
             continue;
@@ -71,14 +105,10 @@ pub(crate) fn collect(collector: &mut Collector, maps: &[Mapping]) -> Result<Vec
                 | bit(mapping.write, libc::PROT_WRITE)
                 | bit(mapping.exec, libc::PROT_EXEC),
             mapping: target,
-            grows_down: mapping.flags.has("gd"),
-            no_reserve: mapping.flags.has("nr"),
-            locked: match (mapping.flags.has("lo"), mapping.flags.has("lf")) {
-                (false, _) => Lock::No,
-                (true, false) => Lock::Yes,
-                (true, true) => Lock::OnFault,
-            },
-            advice: ADVICE.iter().filter(|(word, _)| mapping.flags.has(word)).map(|(_, a)| *a).collect(),
+            grows_down: told.grows_down,
+            no_reserve: told.no_reserve,
+            locked: told.locked,
+            advice: told.advice.clone(),
         });
     }
     Ok(vmas)
@@ -97,20 +127,20 @@ fn refuse(collector: &mut Collector, mapping: &Mapping, what: &str, remedy: &str
     collector.refuse(title(mapping), format!("{what} cannot be dumped yet"), remedy);
 }
 
-fn refuse_flags(collector: &mut Collector, mapping: &Mapping) {
+fn refuse_flags(collector: &mut Collector, mapping: &Mapping, plain: bool) {
     // The kernel's own areas are marked as a device's.
     if matches!(mapping.kind(), Kind::Vdso | Kind::Vvar) {
         return;
     }
     const REMEDY: &str = "unmap it before the dump";
     const WAIT: &str = "wait until the restore that brings it has ended, or unmap it before the dump";
-    for word in &mapping.flags.words {
+    for word in mapping.flags.words.iter().filter(|_| !plain) {
         let word = std::str::from_utf8(word).unwrap_or("??");
         // Memory of single pages of the kernel's, as that of rings is.
         let mixed = word == "mm" && crate::io_uring::is_mapped(mapping);
         // By a dump that has left a watch over what is written.
         let ours = word == "uw" && is_watched(collector);
-        if mixed || ours || PLAIN.contains(&word) || ADVICE.iter().any(|(w, _)| *w == word) {
+        if mixed || ours || is_plain(word) {
             continue;
         }
         let what = REFUSED.iter().find(|(w, _)| *w == word).map(|(_, what)| (*what).to_owned());
@@ -180,11 +210,17 @@ fn target(collector: &mut Collector, mapping: &Mapping) -> Result<Option<Maps>> 
 /// The inode of a mapped file.
 fn inode(collector: &mut Collector, mapping: &Mapping) -> Result<Option<InodeId>> {
     let path = Bytes(mapping.path.clone());
+    let device = libc::makedev(mapping.dev.0, mapping.dev.1);
     if mapping.kind() == Kind::File && !mapping.deleted {
+        // Another area of it was met before.
+        let known = collector.known_inode(device, mapping.inode);
+        if known.is_some_and(|id| collector.leads_to(id, &path)) {
+            return Ok(known);
+        }
         // The usual case: the path leads to the file.
         if let Some(stat) = stat_path(&path)
             && stat.st_ino == mapping.inode
-            && libc::makedev(mapping.dev.0, mapping.dev.1) == stat.st_dev
+            && device == stat.st_dev
         {
             if stat.st_mode & libc::S_IFMT != libc::S_IFREG {
                 let why = "a mapping of a device cannot be dumped";
@@ -196,7 +232,6 @@ fn inode(collector: &mut Collector, mapping: &Mapping) -> Result<Option<InodeId>
             return Ok(known.or_else(|| crate::inode::by_path(collector, &title, &path, &stat)));
         }
     }
-    let device = libc::makedev(mapping.dev.0, mapping.dev.1);
     if let Some(id) = collector.known_inode(device, mapping.inode) {
         note_mapped(collector, id, mapping);
         return Ok(Some(id));
