@@ -24,6 +24,7 @@
 //! read. It shall not be the process that ends for want of memory: a copy is the first to be taken
 //! (proc_pid_oom_score_adj(5)), and then memory is copied in a second freeze.
 
+use std::collections::HashSet;
 use std::marker::PhantomData;
 
 use torpor_image::manifest::Freeze;
@@ -101,7 +102,12 @@ fn obstacle(processes: &[Pid], anonymous: u64) -> Option<String> {
         ));
     }
     let new = processes.len() as u64 + 1;
+    let mut seen = HashSet::new();
     for pid in processes {
+        // As a rule all are in the same.
+        if cgroup::groups(*pid).is_ok_and(|groups| !seen.insert(groups)) {
+            continue;
+        }
         if let Some(left) = cgroup::memory_left_of(*pid).filter(|left| *left < anonymous + anonymous / 16) {
             return Some(format!(
                 "the memory control group of pid {pid} has {} MiB left, and the program may write to {} MiB while \
@@ -115,6 +121,8 @@ fn obstacle(processes: &[Pid], anonymous: u64) -> Option<String> {
                 "the control group of pid {pid} may have {left} more tasks only (pids.max)"
             ));
         }
+    }
+    for pid in processes {
         if let Some((limit, used)) = tasks_of_user(*pid).filter(|(l, used)| used + new + SPARE_TASKS > *l) {
             return Some(format!("its user may have {limit} tasks (RLIMIT_NPROC), and has {used}"));
         }

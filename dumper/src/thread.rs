@@ -167,9 +167,9 @@ fn foreign_code(tid: Tid) -> Refusal {
 /// Refuses of the threads of a running process what /proc tells.
 pub(crate) fn survey(collector: &mut Collector, pid: Pid) {
     let leader = collector.pid;
-    let own = process::namespaces(leader).unwrap_or_default();
     let tids = process::tasks(pid).unwrap_or_default();
     let several = tids.len() > 1;
+    let own = if several { process::namespaces(leader).unwrap_or_default() } else { Vec::new() };
     let mut asleep = Vec::new();
     for tid in tids {
         // It may have ended.

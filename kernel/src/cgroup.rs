@@ -23,8 +23,13 @@ pub fn tasks_left_of(pid: Pid) -> Option<u64> {
     left_of(pid, TASKS)
 }
 
+/// The groups of a process, as /proc tells of them: processes of which it tells the same are in the same groups.
+pub fn groups(pid: Pid) -> Result<Vec<u8>> {
+    read(&format!("/proc/{pid}/cgroup"))
+}
+
 fn left_of(pid: Pid, what: Resource) -> Option<u64> {
-    let groups = read(&format!("/proc/{pid}/cgroup")).ok()?;
+    let groups = groups(pid).ok()?;
     let mounts = mountinfo(Pid::this()).ok()?;
     let left = lines(&groups).filter_map(|line| group(line, &mounts, what)).flat_map(|(at, top, files)| {
         let above = std::iter::successors(Some(at), |at| at.parent().map(Into::into));
