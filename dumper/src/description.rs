@@ -37,7 +37,8 @@ pub(crate) struct Found {
     pub(crate) link: Vec<u8>,
     pub(crate) stat: libc::stat,
     pub(crate) info: FdInfo,
-    /// What is told through a descriptor of ours for the same description; not asked while the process runs.
+    /// What is told through a descriptor of ours for the same description; of a running process only what is in flight is
+    /// asked.
     pub(crate) told: Told,
 }
 

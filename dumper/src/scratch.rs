@@ -73,11 +73,7 @@ impl Files {
     /// For a tree with this root.
     pub(crate) fn new(rules: Rules, root: Pid) -> Result<Self> {
         let stat = torpor_kernel::stat::of_process(root).map_err(Error::kernel(root, "reading its stat"))?;
-        // SAFETY: sysconf takes a number.
-        let hertz = unsafe { libc::sysconf(libc::_SC_CLK_TCK) }.max(1);
-        let boot = now(libc::CLOCK_REALTIME) - now(libc::CLOCK_BOOTTIME);
-        let started = boot + (stat.starttime as i64).saturating_mul(1_000_000_000 / hertz);
-        Ok(Files { rules, since: started - EARLIER, uses: BTreeMap::new() })
+        Ok(Files { rules, since: stat.started() - EARLIER, uses: BTreeMap::new() })
     }
 }
 
@@ -282,14 +278,4 @@ fn born(path: &Bytes) -> Option<i64> {
     let got = unsafe { libc::statx(libc::AT_FDCWD, name.as_ptr(), flags, mask, &raw mut statx) };
     let time = if statx.stx_mask & libc::STATX_BTIME != 0 { statx.stx_btime } else { statx.stx_ctime };
     (got == 0).then(|| time.tv_sec.saturating_mul(1_000_000_000) + i64::from(time.tv_nsec))
-}
-
-fn now(clock: libc::clockid_t) -> i64 {
-    // SAFETY: an all-zero timespec is a valid one, and clock_gettime fills it.
-    let time = unsafe {
-        let mut time: libc::timespec = std::mem::zeroed();
-        libc::clock_gettime(clock, &raw mut time);
-        time
-    };
-    time.tv_sec * 1_000_000_000 + time.tv_nsec
 }

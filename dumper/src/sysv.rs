@@ -12,7 +12,6 @@
 //! process does meanwhile would be undone by a restore.
 
 use std::collections::HashMap;
-use std::sync::OnceLock;
 
 use torpor_image::sysv::Permissions;
 use torpor_kernel::ids::Pid;
@@ -87,20 +86,7 @@ pub(crate) fn outsider(members: &[Pid], pid: i32, used: u64) -> Option<String> {
     (started(pid)? <= used + 1).then(|| format!("pid {pid} ({})", freeze::name_of(pid.0)))
 }
 
-/// When this machine did, in seconds since 1970: told with much else that takes long.
-fn booted() -> Option<u64> {
-    static BOOTED: OnceLock<Option<u64>> = OnceLock::new();
-    *BOOTED.get_or_init(|| {
-        let text = std::fs::read_to_string("/proc/stat").ok()?;
-        text.lines().find_map(|l| l.strip_prefix("btime "))?.trim().parse().ok()
-    })
-}
-
 /// When a process started, in seconds since 1970.
 pub(crate) fn started(pid: Pid) -> Option<u64> {
-    let ticks = stat::of_process(pid).ok()?.starttime;
-    let boot = booted()?;
-    // SAFETY: sysconf takes a number.
-    let hertz = unsafe { libc::sysconf(libc::_SC_CLK_TCK) }.max(1) as u64;
-    Some(boot + ticks / hertz)
+    u64::try_from(stat::of_process(pid).ok()?.started() / 1_000_000_000).ok()
 }

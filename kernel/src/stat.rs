@@ -90,6 +90,26 @@ impl Stat {
     }
 }
 
+impl Stat {
+    /// When it started, in nanoseconds since 1970 by the clock as it is set now; to the tick, 10 ms.
+    pub fn started(&self) -> i64 {
+        // SAFETY: sysconf takes a number.
+        let hertz = unsafe { libc::sysconf(libc::_SC_CLK_TCK) }.max(1);
+        let boot = now(libc::CLOCK_REALTIME) - now(libc::CLOCK_BOOTTIME);
+        boot.saturating_add((self.starttime as i64).saturating_mul(1_000_000_000 / hertz))
+    }
+}
+
+fn now(clock: libc::clockid_t) -> i64 {
+    // SAFETY: an all-zero timespec is a valid one, and clock_gettime fills it.
+    let time = unsafe {
+        let mut time: libc::timespec = std::mem::zeroed();
+        libc::clock_gettime(clock, &raw mut time);
+        time
+    };
+    time.tv_sec * 1_000_000_000 + time.tv_nsec
+}
+
 /// The stat of a process.
 pub fn of_process(pid: Pid) -> Result<Stat> {
     let path = format!("/proc/{pid}/stat");
@@ -166,6 +186,16 @@ mod tests {
     const TAIL: &str = "R 3970 3971 3429 34818 3972 4194560 3115 6583 24 2 3 1 4 5 20 -5 2 0 119414 19025920 3676 \
 18446744073709551615 94419649449984 94419649450325 140732078930608 0 0 0 0 16781312 2 0 0 0 17 1 9 1 0 0 0 \
 94419649461680 94419649462296 94419843215360 140732078938161 140732078938213 140732078938213 140732078940111 256\n";
+
+    #[test]
+    fn a_process_has_started_by_now() {
+        let before = now(libc::CLOCK_REALTIME);
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let started = of_process(Pid(child.id() as i32)).unwrap().started();
+        child.kill().and_then(|()| child.wait()).unwrap();
+        let tick = 20_000_000;
+        assert!((before - tick..=now(libc::CLOCK_REALTIME) + tick).contains(&started), "{before} {started}");
+    }
 
     #[test]
     fn text() {

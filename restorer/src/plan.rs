@@ -106,7 +106,7 @@ impl Planner<'_> {
         Value::Descriptor(slot.0)
     }
 
-    /// Says what will differ from the dump. Scripts are made twice, and what is said of them is said once.
+    /// Says what will differ from the dump. Scripts may be made twice, and what is said of them is said once.
     pub(crate) fn note(&mut self, note: String) {
         if !self.notes.contains(&note) {
             self.notes.push(note);

@@ -72,7 +72,7 @@ const BOUNDS: &[Mechanism] = &[
         small::frozen,
     ),
     (
-        "`torpor --version`, the same, and six files with 4 MiB written",
+        "`torpor --version`, the same, and five files with 4 MiB written",
         ("4 MiB", "dump"),
         "",
         64,

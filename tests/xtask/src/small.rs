@@ -34,7 +34,9 @@ pub(crate) fn dump(ground: &Ground<'_>) -> anyhow::Result<Vec<f64>> {
     let mut room = vec![1u8; SIZE];
     on(Kind::Memory, SIZE >> 20, ground, |pid| {
         let (partial, dir) = (ground.dir.join("partial"), ground.dir.join("small"));
-        let _absent = fs::remove_dir_all(&dir);
+        for left in [&partial, &dir] {
+            let _absent = fs::remove_dir_all(left);
+        }
         let begin = Instant::now();
         start(ground)?;
         let started = ms(begin.elapsed());
@@ -125,12 +127,15 @@ fn make(contents: &File) -> anyhow::Result<f64> {
         if child == 0 {
             let Ok(area) = map(SIZE, libc::PROT_READ | libc::PROT_WRITE) else { libc::_exit(1) };
             libc::madvise(area, SIZE, MADV_POPULATE_WRITE);
-            libc::pread(contents.as_raw_fd(), area, SIZE, 0);
+            if libc::pread(contents.as_raw_fd(), area, SIZE, 0) != SIZE as isize {
+                libc::_exit(1);
+            }
             libc::write(ends[1], c"x".as_ptr().cast(), 1);
             loop {
                 libc::pause();
             }
         }
+        libc::close(ends[1]);
         libc::ptrace(libc::PTRACE_SEIZE, child, 0, libc::PTRACE_O_EXITKILL);
         let mut byte = 0u8;
         ensure!(libc::read(ends[0], (&raw mut byte).cast(), 1) == 1, "a process has failed");
