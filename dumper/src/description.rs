@@ -128,7 +128,7 @@ fn ask(fd: &OwnedFd, info: &FdInfo) -> torpor_kernel::Result<(libc::stat, Told)>
     if info.flags & libc::O_PATH as u32 != 0 {
         return Ok((stat, Told::default()));
     }
-    let pipe = if file_type(&stat) == SFlag::S_IFIFO { pipe::filling(fd) } else { None };
+    let pipe = if file_type(&stat) == SFlag::S_IFIFO { pipe::filling(fd).ok() } else { None };
     Ok((stat, Told { owner: owner(fd), pipe }))
 }
 

@@ -24,13 +24,15 @@ pub(crate) struct Filling {
     waiting: i32,
 }
 
-/// Asks one of its ends.
-pub(crate) fn filling(fd: &OwnedFd) -> Option<Filling> {
-    let capacity = fcntl(fd, FcntlArg::F_GETPIPE_SZ).ok()?;
+/// Asks one of its ends; else the call that has failed, and why.
+pub(crate) fn filling(fd: &OwnedFd) -> std::result::Result<Filling, (&'static str, Errno)> {
+    let capacity = fcntl(fd, FcntlArg::F_GETPIPE_SZ).map_err(|errno| ("fcntl(F_GETPIPE_SZ)", errno))?;
     let mut waiting = 0i32;
     // SAFETY: FIONREAD fills an int.
-    let got = unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut waiting) };
-    (got == 0).then_some(Filling { capacity, waiting })
+    match unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut waiting) } {
+        0 => Ok(Filling { capacity, waiting }),
+        _ => Err(("ioctl(FIONREAD)", Errno::last())),
+    }
 }
 
 /// Collects the pipe behind `found`; `all` are the descriptors of the tree for it.
@@ -77,8 +79,7 @@ pub(crate) fn collect(collector: &mut Collector, all: &[&Found], found: &Found) 
     }
     let filling = match found.told.pipe {
         Some(filling) => filling,
-        None => filling(&found.get(collector)?)
-            .ok_or_else(|| failed(found, "fcntl(F_GETPIPE_SZ)", Errno::last()))?,
+        None => filling(&found.get(collector)?).map_err(|(call, errno)| failed(found, call, errno))?,
     };
     let (data, packets) = match reader {
         // Every buffer of a pipe has bytes in it.

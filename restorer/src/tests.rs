@@ -414,6 +414,31 @@ fn threads_signals_and_timers() {
     snapshot("threads", &planned(parts));
 }
 
+/// The place of scripts is chosen for what they take as a rule, in which timers do not count.
+#[test]
+fn scripts_that_take_more_than_expected_have_room() {
+    let room = |timers: i32| {
+        let mut parts = parts();
+        parts.task.timers.posix.extend((0..timers).map(|id| PosixTimer {
+            id,
+            clock: 1,
+            notify: 0,
+            signal: 14,
+            value: 99,
+            thread: 0,
+            setting: Interval { value: (1, 0), period: (2, 0) },
+            overrun: 0,
+        }));
+        let plan = planned(parts);
+        let end = crate::plan::layout(&plan.begin, &plan.births, &plan.helpers, &plan.tasks).end;
+        assert!(end <= plan.place.arena_length, "{end} of {}", plan.place.arena_length);
+        let opened: std::collections::BTreeSet<_> = plan.opens.iter().map(|o| format!("{o:?}")).collect();
+        assert_eq!(opened.len(), plan.opens.len(), "what was opened for the first place is still there");
+        plan.place.arena_length
+    };
+    assert!(room(3000) > room(0), "the expected room was enough");
+}
+
 #[test]
 fn vector_state_that_the_processor_lacks_is_refused_by_name() {
     let mut parts = parts();

@@ -88,7 +88,7 @@ pub(crate) struct Layout {
     pub(crate) helpers: Vec<Placed>,
     /// By task: of the phases, of the other threads, of what is done about stopped children.
     pub(crate) tasks: Vec<(Vec<Placed>, Vec<Placed>, Placed)>,
-    end: u64,
+    pub(crate) end: u64,
 }
 
 /// Lays out the arena.

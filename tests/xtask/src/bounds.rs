@@ -27,7 +27,7 @@ const HUGE: usize = 2 << 20;
 const PIECE: usize = 512 << 10;
 const WRITABLE: i32 = libc::PROT_READ | libc::PROT_WRITE;
 /// asm-generic/mman-common.h
-const MADV_POPULATE_WRITE: i32 = 23;
+pub(crate) const MADV_POPULATE_WRITE: i32 = 23;
 const MADV_COLLAPSE: i32 = 25;
 
 /// A mechanism, and what it took.
@@ -290,15 +290,25 @@ fn start_empty(ground: &Ground<'_>) -> anyhow::Result<Vec<f64>> {
 }
 
 fn start_torpor(ground: &Ground<'_>) -> anyhow::Result<Vec<f64>> {
-    starts(ground, Command::new(ground.torpor).arg("--version").stdout(std::process::Stdio::null()))
+    starts(ground, &mut version(ground))
+}
+
+/// Torpor, to do nothing.
+pub(crate) fn version(ground: &Ground<'_>) -> Command {
+    let mut command = Command::new(ground.torpor);
+    command.arg("--version").stdout(std::process::Stdio::null());
+    command
+}
+
+/// Runs a command to its end.
+pub(crate) fn succeeds(command: &mut Command) -> anyhow::Result<()> {
+    ensure!(command.status()?.success(), "{command:?} has failed");
+    Ok(())
 }
 
 /// Ten times as many starts as samples are wanted.
 fn starts(ground: &Ground<'_>, command: &mut Command) -> anyhow::Result<Vec<f64>> {
-    Ground { rounds: ground.rounds * 10, ..*ground }.times(|| {
-        ensure!(command.status()?.success(), "{command:?} has failed");
-        Ok(())
-    })
+    Ground { rounds: ground.rounds * 10, ..*ground }.times(|| succeeds(command))
 }
 
 /// Runs `work` in a child and gives what it returns.

@@ -4,19 +4,17 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
 
-use crate::bounds::{Ground, in_child};
+use crate::bounds::{Ground, MADV_POPULATE_WRITE, in_child, succeeds, version};
 use crate::command::ms;
 use crate::inquiry::on;
 use crate::raw;
 use crate::victim::{Kind, map};
 
 const SIZE: usize = 4 << 20;
-const MADV_POPULATE_WRITE: i32 = 23;
 /// How often code is run in it: to map what is run, to run it, to unmap it.
 const ENTRIES: usize = 3;
 /// Files beside the contents: of the process, of what it has open, of where pages are, and one that names them all.
@@ -38,7 +36,7 @@ pub(crate) fn dump(ground: &Ground<'_>) -> anyhow::Result<Vec<f64>> {
             let _absent = fs::remove_dir_all(left);
         }
         let begin = Instant::now();
-        start(ground)?;
+        succeeds(&mut version(ground))?;
         let started = ms(begin.elapsed());
         let (stood, _) = stand(pid, &mut room)?;
         let begin = Instant::now();
@@ -62,7 +60,7 @@ pub(crate) fn restore(ground: &Ground<'_>) -> anyhow::Result<Vec<f64>> {
     let samples = (0..ground.rounds)
         .map(|_| {
             let begin = Instant::now();
-            start(ground)?;
+            succeeds(&mut version(ground))?;
             let started = ms(begin.elapsed());
             Ok(started + in_child(|| make(&contents))?)
         })
@@ -71,16 +69,10 @@ pub(crate) fn restore(ground: &Ground<'_>) -> anyhow::Result<Vec<f64>> {
     samples
 }
 
-fn start(ground: &Ground<'_>) -> anyhow::Result<()> {
-    let status = Command::new(ground.torpor).arg("--version").stdout(Stdio::null()).status()?;
-    ensure!(status.success(), "torpor --version has failed");
-    Ok(())
-}
-
 /// How long all of it takes, and how long the process stands.
 fn stand(pid: i32, room: &mut [u8]) -> anyhow::Result<(f64, f64)> {
     let mut text = vec![0; 64 << 10];
-    let (start, _) = largest(pid)?;
+    let start = largest(pid)?;
     let begin = Instant::now();
     // SAFETY: requests with numbers; no status is asked for.
     let stop = || unsafe {
@@ -106,14 +98,14 @@ fn stand(pid: i32, room: &mut [u8]) -> anyhow::Result<(f64, f64)> {
     Ok((ms(begin.elapsed()), frozen))
 }
 
-/// The largest area of a process that can be written.
-fn largest(pid: i32) -> anyhow::Result<(usize, usize)> {
+/// Where the largest area of a process that can be written begins.
+fn largest(pid: i32) -> anyhow::Result<usize> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let areas = maps.lines().filter(|l| l.contains(" rw-p ")).filter_map(|line| {
         let (start, end) = line.split_once(' ')?.0.split_once('-')?;
         Some((usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?))
     });
-    areas.max_by_key(|(start, end)| end - start).context("no memory")
+    areas.max_by_key(|(start, end)| end - start).map(|(start, _)| start).context("no memory")
 }
 
 /// A child makes its memory, and says so.
