@@ -96,6 +96,8 @@ pub const NT_PRSTATUS: u32 = 1;
 /// `_IOWR('f', 16, struct pm_scan_arg)`
 pub const PAGEMAP_SCAN: libc::c_ulong =
     0xc000_0000 | ((size_of::<pm_scan_arg>() as libc::c_ulong) << 16) | ((b'f' as libc::c_ulong) << 8) | 16;
+/// include/uapi/linux/fs.h: the page is in an area whose pages can be write-protected, and take that away by themselves.
+pub const PAGE_IS_WPALLOWED: u64 = 1 << 0;
 /// Written since it was write-protected.
 pub const PAGE_IS_WRITTEN: u64 = 1 << 1;
 /// Write-protect what matches.
@@ -216,6 +218,31 @@ pub(crate) struct uffdio_register {
     pub(crate) ioctls: u64,
 }
 const _: () = assert!(size_of::<uffdio_register>() == 32);
+
+/// include/uapi/linux/userfaultfd.h: `_IOR(0xAA, 0x01, struct uffdio_range)`
+pub const UFFDIO_UNREGISTER: libc::c_ulong =
+    0x8000_0000 | ((size_of::<uffdio_range>() as libc::c_ulong) << 16) | (0xaa << 8) | 0x01;
+
+/// include/uapi/linux/userfaultfd.h
+#[repr(C)]
+pub(crate) struct uffdio_range {
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+}
+const _: () = assert!(size_of::<uffdio_range>() == 16);
+
+/// include/uapi/linux/userfaultfd.h: `_IOWR(0xAA, 0x06, struct uffdio_writeprotect)`
+pub const UFFDIO_WRITEPROTECT: libc::c_ulong =
+    0xc000_0000 | ((size_of::<uffdio_writeprotect>() as libc::c_ulong) << 16) | (0xaa << 8) | 0x06;
+
+/// include/uapi/linux/userfaultfd.h; `mode` 0 takes protection away.
+#[repr(C)]
+pub(crate) struct uffdio_writeprotect {
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+    pub(crate) mode: u64,
+}
+const _: () = assert!(size_of::<uffdio_writeprotect>() == 24);
 
 /// `stat` flag of a task that is on its way out, long before it is a zombie. include/linux/sched.h
 pub const PF_EXITING: u32 = 0x0000_0004;

@@ -174,6 +174,23 @@ impl PageScan {
         })
     }
 
+    /// Whether any part is watched, by whomever.
+    pub fn is_watched(&self, start: u64, end: u64) -> Result<bool> {
+        if self.ability == Ability::File {
+            return Ok(false);
+        }
+        let argument = abi::pm_scan_arg {
+            size: size_of::<abi::pm_scan_arg>() as u64,
+            start,
+            end,
+            category_mask: abi::PAGE_IS_WPALLOWED,
+            return_mask: abi::PAGE_IS_WPALLOWED,
+            max_pages: 1,
+            ..abi::pm_scan_arg::default()
+        };
+        Ok(self.ioctl(&mut { argument }, &mut [abi::page_region::default()])? > 0)
+    }
+
     fn walk_watched(&self, argument: abi::pm_scan_arg) -> Result<Option<Vec<Range>>> {
         if self.ability == Ability::File {
             return Ok(None);

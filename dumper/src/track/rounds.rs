@@ -28,6 +28,8 @@ struct Look {
     wanted: Runs,
     /// Bytes in areas that cannot be watched.
     unwatched: u64,
+    /// The watch tells what is not so.
+    lost: bool,
     behind: memory::Behind,
 }
 
@@ -68,6 +70,9 @@ fn round(tracking: &mut Tracking, files: &mut [DataFile], watch: &Watch<'_>) -> 
     let (mut bytes, mut unwatched) = (0, 0);
     let mut written = Vec::new();
     for (pid, look) in pids.iter().zip(looks) {
+        if look.lost {
+            tracking.trackers.remove(pid);
+        }
         bytes += look.wanted.iter().map(|(start, end)| end - start).sum::<u64>();
         unwatched += look.unwatched;
         wanted.push(memory::Wanted { pid: living(*pid), runs: look.wanted, behind: look.behind });
@@ -92,9 +97,14 @@ fn look(own: Pid, watch: &WriteWatch, parent: Option<Pid>) -> Look {
     for area in maps.iter().filter(|m| watchable(m)) {
         let (start, end) = (area.start, area.end);
         let mut written = scan.take_written(start, end);
-        if matches!(written, Ok(None)) && watch.register(start, end).is_ok() {
-            found.written.push((start, end));
-            written = scan.take_written(start, end);
+        if matches!(written, Ok(None)) {
+            if watch.register(start, end).is_ok() {
+                found.written.push((start, end));
+                written = scan.take_written(start, end);
+            } else if scan.is_watched(start, end).unwrap_or(true) {
+                // It was changed just now.
+                return Look { lost: true, written: vec![(0, u64::MAX)], ..Look::default() };
+            }
         }
         match written {
             Ok(Some(ranges)) => found.wanted.extend(ranges.into_iter().map(|r| (r.start, r.end))),
