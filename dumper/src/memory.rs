@@ -42,9 +42,13 @@ const CHUNK: u64 = 1 << 20;
 const SHARE: u64 = 2 << 20;
 const MAX_WRITERS: u64 = 8;
 /// Addresses that one thread looks at at a time: a dense GiB takes 3 ms.
-const LOOK: u64 = 256 << 20;
+pub(crate) const LOOK: u64 = 256 << 20;
 /// From how many areas on more than one thread looks: each costs 0.4 microseconds.
 const MANY: usize = 2000;
+
+/// Runs that are taken to be written in the freeze, a microsecond each: where there are more, it is better to copy them again
+/// the next time.
+const TAKEN: usize = 1000;
 
 /// Who looks on: is told of bytes copied, and may want it to end.
 pub(crate) struct Watch<'a> {
@@ -192,9 +196,11 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
     let mut runs = runs::tidy(runs);
     if space.covered.is_some() {
         runs = runs::without(&runs, &rest.known);
-        for (start, end) in runs.iter().filter(|_| space.soft.is_none()) {
-            // Where that fails they count as written the next time.
-            let _best_effort = scan.take_written(*start, *end);
+        // What is not taken counts as written the next time.
+        if space.soft.is_none() && runs.len() <= TAKEN {
+            for (start, end) in &runs {
+                let _best_effort = scan.take_written(*start, *end);
+            }
         }
     }
     if let Some(parent) = space.parent {
@@ -439,7 +445,7 @@ fn joined(vmas: &[Vma]) -> Vec<(u64, u64)> {
 }
 
 /// Cuts areas that are longer than `look`, so that several threads can look at them.
-fn parts(areas: &[(u64, u64)], look: u64) -> Runs {
+pub(crate) fn parts(areas: &[(u64, u64)], look: u64) -> Runs {
     let mut all = Runs::new();
     let total: u64 = areas.iter().map(|(start, end)| end - start).sum();
     let length = look.max(total / 64).next_multiple_of(look);

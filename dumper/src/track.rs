@@ -62,6 +62,8 @@ pub struct Tracking {
     known: Known,
     /// Bytes that are likely to be copied when the tree stands.
     expected: u64,
+    /// What is copied is kept in memory by now.
+    kept: bool,
     /// How long the tree stood for the watches to be made.
     stood: Duration,
 }
@@ -231,6 +233,7 @@ impl Tracking {
     ) -> Result<()> {
         self.covered.clear();
         self.known = Known::default();
+        self.kept = false;
         let base = self.base.take();
         if let Some(parent) = parent {
             let wasted = wasted(parent);
@@ -266,9 +269,13 @@ impl Tracking {
         rounds::run(self, &mut to.files, &options.watch())
     }
 
-    /// Copies once more what has changed since `follow`.
+    /// Copies what has changed since `follow`, again until little is left.
     pub(crate) fn catch_up(&mut self, to: &mut Destination, options: &Options<'_>) -> Result<()> {
-        rounds::once(self, &mut to.files, &options.watch())
+        // By soft-dirty bits all is copied when the tree stands.
+        if self.trackers.values().all(|t| matches!(t.by, By::SoftDirty(_))) {
+            return Ok(());
+        }
+        rounds::run(self, &mut to.files, &options.watch())
     }
 
     /// A complete image has everything that was written until now.

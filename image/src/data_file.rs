@@ -1,8 +1,10 @@
-//! A data file being written: raw, encoded, or kept aside to be encoded later.
+//! A data file being written: raw, encoded, or kept aside to be written later.
 //!
-//! While a tree stands nothing may take longer than it must. What is written meanwhile can be put aside as it is, to a
-//! file that has no name and goes when we do; [`DataFile::catch_up`] makes of it what it is to be.
+//! While a tree stands, or writes faster than a disk takes it, nothing may take longer than it must. What is written
+//! meanwhile can be put aside as it is: in memory as far as there is room ([`DataFile::keep`]), and in a file that has no name
+//! and goes when we do; [`DataFile::catch_up`] makes of it what it is to be.
 
+use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
@@ -42,9 +44,10 @@ enum Body {
     Encoded(Box<Encoded>),
 }
 
-/// What is put aside.
+/// What is put aside: first in memory, then in a file.
 #[derive(Debug, Default)]
 struct Aside {
+    memory: Memory,
     file: Option<File>,
     /// Length of the contents of the data file before it.
     begin: u64,
@@ -82,6 +85,16 @@ impl DataFile {
         self.size
     }
 
+    /// Keeps in memory what is written from now on, up to `room` bytes: to make pages of a file may take long, and a disk that
+    /// takes less than is written to it makes its writers wait.
+    pub fn keep(&mut self, room: u64) {
+        let begin = self.size;
+        let aside = self.aside.get_or_insert_with(|| Aside { begin, ..Aside::default() });
+        if aside.file.is_none() {
+            aside.memory.room = room;
+        }
+    }
+
     /// Puts aside what is written from now on, if it is not soon done with.
     pub fn put_aside(&mut self) {
         if !self.encoding.is_raw() || matches!(self.home, Home::Stream(_)) {
@@ -104,28 +117,27 @@ impl DataFile {
 
     /// Writes what was put aside.
     pub fn catch_up(&mut self) -> Result<()> {
-        let Some(Aside { file: Some(file), begin, length, mut pieces }) = self.aside.take() else {
-            return Ok(());
-        };
+        let Some(mut aside) = self.aside.take().filter(|aside| aside.length > 0) else { return Ok(()) };
+        let mut pieces = std::mem::take(&mut aside.pieces);
         let last = (self.number, self.size);
         let mut at = 0;
         let mut buffer = vec![0; 1 << 20];
         pieces.push(last);
         for (i, (number, size)) in pieces.into_iter().enumerate() {
             if i == 0 {
-                (self.number, self.size) = (number, begin);
+                (self.number, self.size) = (number, aside.begin);
             } else {
                 self.turn_to(number)?;
             }
             let end = at + size - self.size;
             while at < end {
                 let part = &mut buffer[..(end - at).min(1 << 20) as usize];
-                file.read_exact_at(part, at).map_err(Error::file("read", self.path()))?;
+                aside.get(part, at).map_err(Error::file("read", self.path()))?;
                 self.put(part)?;
                 at += part.len() as u64;
             }
         }
-        debug_assert_eq!((at, self.number, self.size), (length, last.0, last.1));
+        debug_assert_eq!((at, self.number, self.size), (aside.length, last.0, last.1));
         Ok(())
     }
 
@@ -180,6 +192,11 @@ impl DataFile {
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        // What would be written twice is better written.
+        let direct = self.encoding.is_raw() && matches!(self.home, Home::Directory(_));
+        if direct && self.aside.as_ref().is_some_and(|aside| !aside.memory.has_room(bytes.len())) {
+            self.catch_up()?;
+        }
         let result = match (&mut self.aside, &mut self.body) {
             (Some(aside), _) => aside.put(bytes, &self.home),
             (None, Body::Raw(out)) => out.write_all(bytes),
@@ -242,14 +259,79 @@ fn send(body: Body, number: u32, size: u64, encoding: &Encoding, stream: &Stream
 }
 
 impl Aside {
-    fn put(&mut self, bytes: &[u8], home: &Home) -> io::Result<()> {
-        let file = match &mut self.file {
-            Some(file) => file,
-            none => none.insert(nameless(home)?),
-        };
-        file.write_all_at(bytes, self.length)?;
+    fn put(&mut self, mut bytes: &[u8], home: &Home) -> io::Result<()> {
         self.length += bytes.len() as u64;
+        if self.file.is_none() {
+            bytes = self.memory.put(bytes);
+        }
+        if !bytes.is_empty() {
+            let file = match &mut self.file {
+                Some(file) => file,
+                none => none.insert(nameless(home)?),
+            };
+            file.write_all_at(bytes, self.length - bytes.len() as u64 - self.memory.length)?;
+        }
         Ok(())
+    }
+
+    /// Takes out what lies at `at`, up to which all was taken before.
+    fn get(&mut self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        let inside = self.memory.length.saturating_sub(at).min(bytes.len() as u64);
+        let (first, rest) = bytes.split_at_mut(inside as usize);
+        self.memory.get(first);
+        match &self.file {
+            Some(file) if !rest.is_empty() => file.read_exact_at(rest, at + inside - self.memory.length),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What lies in memory, and goes piece by piece.
+#[derive(Debug, Default)]
+struct Memory {
+    room: u64,
+    /// All that was ever put into it.
+    length: u64,
+    parts: VecDeque<Vec<u8>>,
+    /// What was taken out of the first part.
+    taken: usize,
+}
+
+impl Memory {
+    const PART: usize = 1 << 20;
+
+    fn has_room(&self, bytes: usize) -> bool {
+        self.length + bytes as u64 <= self.room
+    }
+
+    /// Gives what there is no room for.
+    fn put<'a>(&mut self, mut bytes: &'a [u8]) -> &'a [u8] {
+        while !bytes.is_empty() && self.length < self.room {
+            if self.parts.back().is_none_or(|part| part.len() == Self::PART) {
+                self.parts.push_back(Vec::with_capacity(Self::PART));
+            }
+            let Some(part) = self.parts.back_mut() else { break };
+            let fits = (Self::PART - part.len()).min(bytes.len()) as u64;
+            let (own, rest) = bytes.split_at(fits.min(self.room - self.length) as usize);
+            part.extend_from_slice(own);
+            self.length += own.len() as u64;
+            bytes = rest;
+        }
+        bytes
+    }
+
+    fn get(&mut self, mut bytes: &mut [u8]) {
+        while let Some(part) = self.parts.front().filter(|_| !bytes.is_empty()) {
+            let length = (part.len() - self.taken).min(bytes.len());
+            let (own, rest) = bytes.split_at_mut(length);
+            own.copy_from_slice(&part[self.taken..self.taken + length]);
+            self.taken += length;
+            if self.taken == part.len() {
+                self.parts.pop_front();
+                self.taken = 0;
+            }
+            bytes = rest;
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use torpor_image::write::DataFile;
 use torpor_kernel::ids::Pid;
 use torpor_kernel::maps::{Kind, Mapping};
-use torpor_kernel::pagemap::{PageScan, Want};
+use torpor_kernel::pagemap::{PageScan, Range, Want};
 use torpor_kernel::stat;
 use torpor_kernel::write_watch::WriteWatch;
 
@@ -12,12 +12,16 @@ use super::{By, Tracking};
 use crate::error::Result;
 use crate::memory::{self, Watch};
 use crate::survey::living;
-use crate::workers;
+use crate::{stage, workers};
 
 /// What is left to the freeze without another round: about a millisecond of copying.
 const LITTLE: u64 = 4 << 20;
 /// A tree that writes as fast as we copy is not followed for ever.
-const ROUNDS: u32 = 6;
+const ROUNDS: u32 = 12;
+/// What the next rounds copy is kept in memory where this one copied no more.
+const SOON: u64 = 64 << 20;
+/// The part of free memory that may be used for that.
+const PART: u64 = 4;
 
 /// What a look at one process has found.
 #[derive(Default)]
@@ -33,26 +37,33 @@ struct Look {
     behind: memory::Behind,
 }
 
-/// Goes round.
+/// Goes round until little is left. The first rounds write to the files; from when the next one will be short, or a disk
+/// takes less than the tree writes, what is copied is kept in memory until the tree has gone on.
 pub(super) fn run(tracking: &mut Tracking, files: &mut [DataFile], watch: &Watch<'_>) -> Result<()> {
     let mut before = u64::MAX;
     for _ in 0..ROUNDS {
         let (copied, unwatched) = round(tracking, files, watch)?;
         tracking.expected = copied + unwatched;
-        if copied <= LITTLE || copied > before / 2 {
+        let slow = copied > before / 4 * 3;
+        let faster = !tracking.kept && (slow || copied <= SOON) && keep(files);
+        if copied <= LITTLE || (slow && !faster) {
             break;
         }
-        before = copied;
+        tracking.kept |= faster;
+        // What a round finds is due to the one before it.
+        before = if faster { u64::MAX } else { copied };
     }
     Ok(())
 }
 
-/// Goes round once.
-pub(super) fn once(tracking: &mut Tracking, files: &mut [DataFile], watch: &Watch<'_>) -> Result<()> {
-    if tracking.trackers.values().all(|t| matches!(t.by, By::SoftDirty(_))) {
-        return Ok(());
+/// Has what is copied from now on kept in memory, if there is enough.
+fn keep(files: &mut [DataFile]) -> bool {
+    let room = stage::available() / PART / files.len().max(1) as u64;
+    if room < SOON {
+        return false;
     }
-    round(tracking, files, watch).map(drop)
+    files.iter_mut().for_each(|file| file.keep(room));
+    true
 }
 
 /// One look at all processes; gives the bytes that were copied, and those in areas that cannot be watched.
@@ -80,8 +91,7 @@ fn round(tracking: &mut Tracking, files: &mut [DataFile], watch: &Watch<'_>) -> 
     }
     let copied = memory::copy_live(&wanted, files, watch)?;
     for ((pid, written), records) in pids.iter().zip(written).zip(copied) {
-        let covered = tracking.covered.entry(*pid).or_default();
-        *covered = std::mem::take(covered).renew(&written, records);
+        tracking.covered.entry(*pid).or_default().renew(&written, records);
     }
     Ok((bytes, unwatched))
 }
@@ -96,11 +106,11 @@ fn look(own: Pid, watch: &WriteWatch, parent: Option<Pid>) -> Look {
     let mut found = Look { behind: memory::Behind::of_running(&maps), ..Look::default() };
     for area in maps.iter().filter(|m| watchable(m)) {
         let (start, end) = (area.start, area.end);
-        let mut written = scan.take_written(start, end);
+        let mut written = take(&scan, start, end);
         if matches!(written, Ok(None)) {
             if watch.register(start, end).is_ok() {
                 found.written.push((start, end));
-                written = scan.take_written(start, end);
+                written = take(&scan, start, end);
             } else if scan.is_watched(start, end).unwrap_or(true) {
                 // It was changed just now.
                 return Look { lost: true, written: vec![(0, u64::MAX)], ..Look::default() };
@@ -124,6 +134,23 @@ fn look(own: Pid, watch: &WriteWatch, parent: Option<Pid>) -> Look {
         found.wanted = others;
     }
     found
+}
+
+/// The same as [`PageScan::take_written`], by several threads for a large area. Nothing is told if a part is not watched:
+/// then all of it counts as written.
+fn take(scan: &PageScan, start: u64, end: u64) -> torpor_kernel::Result<Option<Vec<Range>>> {
+    let parts = memory::parts(&[(start, end)], memory::LOOK);
+    if let [_] = parts[..] {
+        return scan.take_written(start, end);
+    }
+    let mut all = Some(Vec::new());
+    for part in workers::each_of(&parts, |(start, end)| scan.take_written(*start, *end)) {
+        all = all.zip(part?).map(|(mut all, more)| {
+            all.extend(more);
+            all
+        });
+    }
+    Ok(all)
 }
 
 /// Whether an area holds pages of its process alone.

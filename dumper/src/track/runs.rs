@@ -70,9 +70,41 @@ fn of(records: &[Record]) -> Runs {
     all
 }
 
+/// What is in one or the other.
+fn either(a: &[(u64, u64)], b: &[(u64, u64)]) -> Runs {
+    let mut all: Runs = Vec::with_capacity(a.len() + b.len());
+    let (mut i, mut j) = (0, 0);
+    while let Some(&(start, end)) = match (a.get(i), b.get(j)) {
+        (Some(x), Some(y)) if y.0 < x.0 => Some(y),
+        (None, y) => y,
+        (x, _) => x,
+    } {
+        if a.get(i) == Some(&(start, end)) {
+            i += 1
+        } else {
+            j += 1
+        }
+        match all.last_mut() {
+            Some(last) if last.1 >= start => last.1 = last.1.max(end),
+            _ => all.push((start, end)),
+        }
+    }
+    all
+}
+
 /// What is known of a space: records, and where they are.
+///
+/// A look at it adds some to hundreds of thousands, while it is written to: they are put together when it has gone on.
 #[derive(Debug, Default)]
 pub(crate) struct Covered {
+    /// What is known of a page is what the last of these has that has it.
+    layers: Vec<Layer>,
+    runs: Runs,
+}
+
+/// Records that became known at a time, in order, and where they are.
+#[derive(Debug)]
+struct Layer {
     records: Vec<Record>,
     runs: Runs,
 }
@@ -80,53 +112,55 @@ pub(crate) struct Covered {
 impl Covered {
     /// Of records in order of their addresses.
     pub(crate) fn new(records: Vec<Record>) -> Self {
-        Covered { runs: of(&records), records }
+        let mut covered = Covered::default();
+        covered.renew(&[], records);
+        covered
     }
 
     pub(crate) fn runs(&self) -> &[(u64, u64)] {
         &self.runs
     }
 
-    /// The records of a part.
+    /// The records of a part of what is known, in no order.
     pub(crate) fn within(&self, runs: &[(u64, u64)]) -> Vec<Record> {
-        within(&self.records, runs)
+        let mut all = Vec::new();
+        let mut left = runs.to_vec();
+        for layer in self.layers.iter().rev() {
+            let own = both(&layer.runs, &left);
+            for (start, end) in &own {
+                slice(&layer.records, *start, *end, &mut all);
+            }
+            left = without(&left, &own);
+        }
+        all
     }
 
-    /// All but what lies in `gone`, and what is `new`, which lies nowhere else.
-    pub(crate) fn renew(self, gone: &[(u64, u64)], new: Vec<Record>) -> Self {
-        let mut records = outside(&self.records, gone);
-        records.extend(new);
-        records.sort_unstable_by_key(|r| r.address);
-        Self::new(records)
+    /// Nothing is known any more of what lies in `gone`, but for what is `new`, which lies nowhere else.
+    pub(crate) fn renew(&mut self, gone: &[(u64, u64)], new: Vec<Record>) {
+        let runs = of(&new);
+        self.runs = either(&without(&self.runs, gone), &runs);
+        self.layers.push(Layer { records: new, runs });
     }
-}
-
-/// The parts of sorted records that lie in `runs`.
-fn within(records: &[Record], runs: &[(u64, u64)]) -> Vec<Record> {
-    let mut all = Vec::new();
-    for (start, end) in both(&of(records), runs) {
-        slice(records, start, end, &mut all);
-    }
-    all
-}
-
-/// The parts of sorted records that lie elsewhere.
-fn outside(records: &[Record], runs: &[(u64, u64)]) -> Vec<Record> {
-    let mut all = Vec::new();
-    for (start, end) in without(&of(records), runs) {
-        slice(records, start, end, &mut all);
-    }
-    all
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use torpor_image::extent::{PAGE, Where};
 
     use super::*;
 
     fn set(runs: &[(u64, u64)]) -> Vec<u64> {
         runs.iter().flat_map(|(a, b)| *a..*b).collect()
+    }
+
+    /// In bytes instead of pages.
+    fn bytes(runs: &[(u64, u64)]) -> Runs {
+        runs.iter().map(|(a, b)| (a * PAGE, b * PAGE)).collect()
+    }
+
+    fn pages_of(runs: &[(u64, u64)]) -> Runs {
+        runs.iter().map(|(a, b)| (a / PAGE, b / PAGE)).collect()
     }
 
     fn any() -> impl Strategy<Value = Runs> {
@@ -142,6 +176,44 @@ mod tests {
             let rest: Vec<u64> = x.iter().copied().filter(|n| !y.contains(n)).collect();
             prop_assert_eq!(set(&both(&a, &b)), common);
             prop_assert_eq!(set(&without(&a, &b)), rest);
+            let mut all = [x, y].concat();
+            all.sort_unstable();
+            all.dedup();
+            prop_assert_eq!(&set(&either(&a, &b)), &all);
+            prop_assert_eq!(either(&a, &b), tidy(either(&a, &b)));
+        }
+
+        #[test]
+        fn what_became_known_last_counts(looks in prop::collection::vec((any(), any()), 1..6), asked in any()) {
+            let mut covered = Covered::default();
+            let mut pages = std::collections::BTreeMap::new();
+            for (file, (written, copied)) in looks.into_iter().enumerate() {
+                // Not all that was written could be copied.
+                let copied = both(&written, &copied);
+                let gone = set(&written);
+                pages.retain(|page, _| !gone.contains(page));
+                pages.extend(set(&copied).into_iter().map(|page| (page, file as u32)));
+                let record = |&(start, end): &(u64, u64)| Record {
+                    address: start * PAGE,
+                    length: (end - start) * PAGE,
+                    place: Where::Data,
+                    file: file as u32,
+                    offset: start * PAGE,
+                };
+                covered.renew(&bytes(&written), copied.iter().map(record).collect());
+            }
+            let known: Vec<u64> = pages.keys().copied().collect();
+            prop_assert_eq!(set(&pages_of(covered.runs())), known);
+            let asked = both(covered.runs(), &bytes(&asked));
+            let mut found = Vec::new();
+            for r in covered.within(&asked) {
+                prop_assert_eq!(r.offset, r.address);
+                found.extend((r.address / PAGE..(r.address + r.length) / PAGE).map(|page| (page, r.file)));
+            }
+            found.sort_unstable();
+            let wanted: Vec<(u64, u32)> =
+                set(&pages_of(&asked)).into_iter().map(|page| (page, pages[&page])).collect();
+            prop_assert_eq!(found, wanted);
         }
     }
 }

@@ -54,6 +54,8 @@ impl Written {
         let mut at = 0;
         for (i, part) in contents.chunks(31 * 4096).enumerate() {
             if aside && (i == 1 || i == 4) {
+                // In memory, but for what there is no room for.
+                file.keep(if i == 1 { 45 } else { 1000 } * 4096 + 7);
                 file.put_aside();
             }
             assert_eq!(file.append(part).unwrap(), at);
@@ -151,6 +153,28 @@ fn damage_is_found_wherever_it_is() {
         }
         rewrite(&written.path(), &good);
         written.open(&table).unwrap().check().unwrap();
+    }
+}
+
+#[test]
+fn what_is_kept_in_memory_is_written_when_there_is_no_more_room() {
+    let contents = contents();
+    for room in [0, 1, 40 * 4096, 1 << 30] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(data_file_name(0, Stored::default()));
+        let mut file = DataFile::create(0, dir.path(), None, &Encoding::default()).unwrap();
+        file.keep(room);
+        let mut at = 0;
+        for part in contents.chunks(31 * 4096) {
+            assert_eq!(file.append(part).unwrap(), at);
+            at += part.len() as u64;
+        }
+        let all = room > at;
+        assert_eq!(fs::metadata(&path).unwrap().len(), if all { 0 } else { at }, "with room for {room}");
+        let (listed, _) = file.finish(false).unwrap().unwrap();
+        let bytes = fs::read(path).unwrap();
+        assert!(bytes == contents);
+        assert_eq!((listed.size, listed.crc32c), (at, crc32c::crc32c(&bytes)));
     }
 }
 

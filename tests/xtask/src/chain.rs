@@ -21,12 +21,14 @@ pub(crate) fn measure(
     torpor: &Tool,
     dir: &Path,
 ) -> anyhow::Result<Row> {
-    room::need(4 << 30, (LENGTH as u64 + 2) << 30, dir)?;
+    // The victim and all images, the first of which is whole.
+    let taken = LENGTH + 3;
+    room::need((taken as u64) << 30, (LENGTH as u64 + 2) << 30, dir)?;
     let mut first = Vec::new();
     let mut later = Vec::new();
     let mut failure = None;
     for _ in 0..chains {
-        warm(2 << 30);
+        warm(taken << 30);
         match chain(kind, 1024, LENGTH, torpor, dir) {
             Ok(mut dumps) => {
                 first.push(dumps.remove(0));

@@ -43,7 +43,6 @@ pub(crate) fn judge(rows: &[Row]) -> Vec<Verdict> {
     let staged = |case: &str| CASES.iter().any(|c| c.name == case && c.memory <= STAGED);
     let unstaged: Vec<&Row> = rows.iter().filter(|row| !staged(&row.case)).collect();
     verdicts.extend(peak("dumps without staging", DUMP_PEAK, &unstaged));
-    verdicts.extend(peak("incremental dumps", "dump, later, MiB", &rows.iter().collect::<Vec<_>>()));
     verdicts.extend(peak("restores", RESTORE_PEAK, &rows.iter().collect::<Vec<_>>()));
     verdicts
 }
