@@ -276,7 +276,8 @@ impl Target {
     ) -> Result<Frozen> {
         let stage = Stage::for_bytes(tracking.expected().min(self.anonymous), true);
         let way = Way { freeze: Freeze::Track, ..Way::default() };
-        self.freeze_with(stage, way, || tracking.catch_up(to, options))
+        let staged = stage.is_some();
+        self.freeze_with(stage, way, || tracking.catch_up(staged, to, options))
     }
 
     /// Stops the tree for a moment, and tells by which code its processes can be entered.

@@ -21,6 +21,7 @@ use torpor_image::vma::Vma;
 use torpor_image::write::DataFile;
 use torpor_kernel::ids::Pid;
 use torpor_kernel::pagemap::PageScan;
+use torpor_kernel::write_watch;
 
 use crate::error::{Error, Result};
 use crate::stage::Stage;
@@ -169,7 +170,7 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
     if let Some(covered) = space.covered {
         rest.known = match by_bits {
             Some(unchanged) => runs::both(&unchanged, covered.runs()),
-            None => settled::settled(&scan, space.vmas, covered),
+            None => settled::settled(&scan, space.vmas, covered, write_watch::holes_show()),
         };
         areas = settled::unsettled(&areas, &rest.known);
     }
@@ -445,7 +446,7 @@ fn joined(vmas: &[Vma]) -> Vec<(u64, u64)> {
 }
 
 /// Cuts areas that are longer than `look`, so that several threads can look at them.
-pub(crate) fn parts(areas: &[(u64, u64)], look: u64) -> Runs {
+fn parts(areas: &[(u64, u64)], look: u64) -> Runs {
     let mut all = Runs::new();
     let total: u64 = areas.iter().map(|(start, end)| end - start).sum();
     let length = look.max(total / 64).next_multiple_of(look);

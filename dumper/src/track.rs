@@ -30,7 +30,7 @@ use torpor_image::extent::{Record, Where};
 use torpor_image::task::{Descriptor, Task};
 use torpor_kernel::ids::{Pid, Tid};
 use torpor_kernel::memory::Memory;
-use torpor_kernel::write_watch::WriteWatch;
+use torpor_kernel::write_watch::{self, WriteWatch};
 use torpor_kernel::{abi, soft_dirty, stat};
 use torpor_parasite::script::{Script, Value};
 
@@ -41,7 +41,7 @@ use crate::error::{Error, Result};
 use crate::freeze::{Frozen, FrozenTree};
 use crate::gadget::Gadgets;
 use crate::inject::{self, Entry, Visit};
-use crate::memory::{Known, most_files};
+use crate::memory::{self, Known, most_files};
 use crate::restart::Restarts;
 use crate::{sharing, thread};
 
@@ -156,6 +156,8 @@ impl Tracking {
             }
             return Ok(());
         }
+        // Probed while nothing stands yet.
+        write_watch::holes_show();
         if target.survey().processes.iter().all(|p| self.watches(p.pid)) {
             return Ok(());
         }
@@ -269,8 +271,18 @@ impl Tracking {
         rounds::run(self, &mut to.files, &options.watch())
     }
 
-    /// Copies what has changed since `follow`, again until little is left.
-    pub(crate) fn catch_up(&mut self, to: &mut Destination, options: &Options<'_>) -> Result<()> {
+    /// Copies what has changed since `follow`, again until little is left. Where memory is scarce (`staged` is not) nothing
+    /// more is kept in it: what is copied when the tree stands is written at once then, behind all that was kept before.
+    pub(crate) fn catch_up(
+        &mut self,
+        staged: bool,
+        to: &mut Destination,
+        options: &Options<'_>,
+    ) -> Result<()> {
+        if !staged {
+            memory::catch_up(&mut to.files)?;
+            self.kept = true;
+        }
         // By soft-dirty bits all is copied when the tree stands.
         if self.trackers.values().all(|t| matches!(t.by, By::SoftDirty(_))) {
             return Ok(());

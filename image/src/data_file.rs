@@ -47,6 +47,8 @@ enum Body {
 /// What is put aside: first in memory, then in a file.
 #[derive(Debug, Default)]
 struct Aside {
+    /// Whether it goes to a file where there is no more room in memory, instead of to where it belongs.
+    whole: bool,
     memory: Memory,
     file: Option<File>,
     /// Length of the contents of the data file before it.
@@ -99,7 +101,7 @@ impl DataFile {
     pub fn put_aside(&mut self) {
         if !self.encoding.is_raw() || matches!(self.home, Home::Stream(_)) {
             let begin = self.size;
-            self.aside.get_or_insert_with(|| Aside { begin, ..Aside::default() });
+            self.aside.get_or_insert_with(|| Aside { begin, ..Aside::default() }).whole = true;
         }
     }
 
@@ -192,9 +194,7 @@ impl DataFile {
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        // What would be written twice is better written.
-        let direct = self.encoding.is_raw() && matches!(self.home, Home::Directory(_));
-        if direct && self.aside.as_ref().is_some_and(|aside| !aside.memory.has_room(bytes.len())) {
+        if self.aside.as_ref().is_some_and(|aside| !aside.whole && !aside.memory.has_room(bytes.len())) {
             self.catch_up()?;
         }
         let result = match (&mut self.aside, &mut self.body) {
@@ -280,8 +280,9 @@ impl Aside {
         let (first, rest) = bytes.split_at_mut(inside as usize);
         self.memory.get(first);
         match &self.file {
-            Some(file) if !rest.is_empty() => file.read_exact_at(rest, at + inside - self.memory.length),
-            _ => Ok(()),
+            _ if rest.is_empty() => Ok(()),
+            Some(file) => file.read_exact_at(rest, at + inside - self.memory.length),
+            None => Err(io::ErrorKind::UnexpectedEof.into()),
         }
     }
 }

@@ -141,8 +141,8 @@ impl PageScan {
         self.walk_watched(argument)
     }
 
-    /// Where something was written since then, and where there is no page that could have been protected; nothing is
-    /// forgotten. `None` as above.
+    /// Where something was written since then, and where there is no page that could have been protected, if that shows
+    /// ([`crate::write_watch::holes_show`]); nothing is forgotten. `None` as above.
     pub fn written(&self, start: u64, end: u64) -> Result<Option<Vec<Range>>> {
         // No category but this one: for that the kernel has a way of its own, several times as fast.
         self.walk_watched(abi::pm_scan_arg {

@@ -11,10 +11,15 @@
 //! Before 6.14 what is moved keeps them, too. A write to such a page makes it writable and leaves the mark. Were the area
 //! then watched again, such a page would be written to without a fault and show as not written for ever. So a watch
 //! begins by taking all marks away.
+//!
+//! Where a page table is missing, `PAGEMAP_SCAN` says *not written* on kernels before 6.18.40 or so (fs/proc/task_mmu.c,
+//! `pagemap_scan_pte_hole`), though pages that were there may have been given up, table and all ([`holes_show`]).
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::OnceLock;
 
-use crate::{Result, abi, error::check};
+use crate::pagemap::PageScan;
+use crate::{Pid, Result, abi, error::check};
 
 /// A userfaultfd by which writes are watched.
 #[derive(Debug)]
@@ -64,6 +69,40 @@ impl WriteWatch {
     }
 }
 
+/// Whether memory without page tables shows as written in [`crate::pagemap::PageScan::written`], by doing, once. Where it does
+/// not, that tells nothing of pages that are not there.
+pub fn holes_show() -> bool {
+    static SHOW: OnceLock<bool> = OnceLock::new();
+    *SHOW.get_or_init(|| probe().unwrap_or(false))
+}
+
+fn probe() -> Option<bool> {
+    const TABLE: u64 = 2 << 20;
+    // SAFETY: takes a number, gives a descriptor of ours.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | abi::UFFD_USER_MODE_ONLY) };
+    // SAFETY: just made, if it was.
+    let fd = (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as i32) })?;
+    let watch = WriteWatch::begin(fd).ok()?;
+    let scan = PageScan::open(Pid::this()).ok()?;
+    // Nothing ever was in it, and one table at least is missing.
+    let length = 2 * TABLE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping, which nobody uses.
+    let at = unsafe {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        libc::mmap(std::ptr::null_mut(), length as usize, protection, flags, -1, 0)
+    };
+    if at == libc::MAP_FAILED {
+        return None;
+    }
+    let start = at.expose_provenance() as u64;
+    let written = watch.register(start, start + length).and_then(|()| scan.written(start, start + length));
+    // SAFETY: made above.
+    unsafe { libc::munmap(at, length as usize) };
+    let written = written.ok()??;
+    Some(written.iter().map(crate::pagemap::Range::len).sum::<u64>() == length)
+}
+
 impl From<WriteWatch> for OwnedFd {
     fn from(watch: WriteWatch) -> Self {
         watch.0
@@ -78,11 +117,8 @@ impl AsFd for WriteWatch {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::FromRawFd;
-
     use super::*;
-    use crate::Pid;
-    use crate::pagemap::{PageScan, page_size};
+    use crate::pagemap::page_size;
 
     /// A watch over this process.
     fn watch() -> Option<WriteWatch> {

@@ -221,6 +221,7 @@ fn asked(name: &str, times: usize) -> Outcome {
         image = follow(&mut victim, Some(&image))?;
     }
     victim.kill();
+    std::fs::write(victim.home().join("look"), "").map_err(|e| e.to_string())?;
     restore(&mut victim, &image)?;
     victim.ticks(3)
 }

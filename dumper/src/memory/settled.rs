@@ -2,7 +2,8 @@
 //!
 //! To look at every page costs three milliseconds for each GiB inside the freeze; to be told which were written, for which
 //! the kernel has a way of its own, a fourth of that. What was not written is protected, so it is there and needs no look:
-//! pages are looked at only where something was written, or nothing is known.
+//! pages are looked at only where something was written, or nothing is known. Kernels that say so of pages that are not there,
+//! too ([`torpor_kernel::write_watch::holes_show`]), have to be asked in the longer way.
 
 use torpor_image::vma::{Mapping, Vma};
 use torpor_kernel::pagemap::PageScan;
@@ -12,15 +13,16 @@ use crate::track::runs::{self, Covered, Runs};
 /// A gap that costs less to be looked at than another call does.
 const GAP: u64 = 1 << 20;
 
-/// The part of what was copied before that holds.
-pub(super) fn settled(scan: &PageScan, vmas: &[Vma], covered: &Covered) -> Runs {
+/// The part of what was copied before that holds. `holes`: whether pages that are not there any more show as written; if
+/// not, it must be asked for those that are.
+pub(super) fn settled(scan: &PageScan, vmas: &[Vma], covered: &Covered, holes: bool) -> Runs {
     let mut all = Runs::new();
     for vma in vmas.iter().filter(|v| v.private()) {
         let whole = (vma.start, vma.end);
         let ranges = |found: Vec<torpor_kernel::pagemap::Range>| -> Runs {
             runs::tidy(found.into_iter().map(|r| (r.start, r.end)).collect())
         };
-        if let Mapping::Private { .. } = vma.mapping {
+        if !holes || matches!(vma.mapping, Mapping::Private { .. }) {
             if let Ok(Some(kept)) = scan.kept(vma.start, vma.end) {
                 all.extend(ranges(kept));
             }

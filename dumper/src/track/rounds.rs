@@ -139,10 +139,13 @@ fn look(own: Pid, watch: &WriteWatch, parent: Option<Pid>) -> Look {
 /// The same as [`PageScan::take_written`], by several threads for a large area. Nothing is told if a part is not watched:
 /// then all of it counts as written.
 fn take(scan: &PageScan, start: u64, end: u64) -> torpor_kernel::Result<Option<Vec<Range>>> {
-    let parts = memory::parts(&[(start, end)], memory::LOOK);
-    if let [_] = parts[..] {
+    // Cut where no huge page would be.
+    let cuts = (start / memory::LOOK + 1..end.div_ceil(memory::LOOK)).map(|n| n * memory::LOOK);
+    let edges: Vec<u64> = std::iter::once(start).chain(cuts).chain([end]).collect();
+    if let [_, _] = edges[..] {
         return scan.take_written(start, end);
     }
+    let parts: Vec<(u64, u64)> = edges.windows(2).map(|edge| (edge[0], edge[1])).collect();
     let mut all = Some(Vec::new());
     for part in workers::each_of(&parts, |(start, end)| scan.take_written(*start, *end)) {
         all = all.zip(part?).map(|(mut all, more)| {
