@@ -23,7 +23,6 @@ pub(crate) mod soft;
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-use nix::errno::Errno;
 use torpor_image::Image;
 use torpor_image::description::{Kind, Objects};
 use torpor_image::extent::{Record, Where};
@@ -150,7 +149,7 @@ impl Tracking {
         self.trackers.retain(|pid, tracker| known(*pid, tracker));
         self.stood = Duration::ZERO;
         // Without such a thing there is nothing to stop for.
-        if available().is_err() {
+        if WriteWatch::of_this_process().is_err() {
             if soft_dirty::available().is_ok() {
                 self.begin_soft(target);
             }
@@ -383,15 +382,4 @@ impl Way {
             birth: None,
         }
     }
-}
-
-/// Whether writes can be watched on this kernel at all, by doing.
-fn available() -> Result<(), Errno> {
-    use std::os::fd::FromRawFd;
-    // SAFETY: takes a number, gives a descriptor that is ours.
-    let fd = unsafe {
-        let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | abi::UFFD_USER_MODE_ONLY);
-        std::os::fd::OwnedFd::from_raw_fd(Errno::result(fd)? as i32)
-    };
-    WriteWatch::begin(fd).map(drop).map_err(|e| e.errno().unwrap_or(Errno::EINVAL))
 }

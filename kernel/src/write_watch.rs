@@ -39,6 +39,16 @@ impl WriteWatch {
         Ok(WriteWatch(fd))
     }
 
+    /// Over the memory of this process, of a userfaultfd of its own.
+    pub fn of_this_process() -> Result<Self> {
+        let flags = libc::O_CLOEXEC | abi::UFFD_USER_MODE_ONLY;
+        // SAFETY: takes a number.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+        let fd = check(fd, "userfaultfd", "")?;
+        // SAFETY: just made, and nobody else's.
+        Self::begin(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    }
+
     /// One that was begun before.
     pub fn resumed(fd: OwnedFd) -> Self {
         WriteWatch(fd)
@@ -78,11 +88,7 @@ pub fn holes_show() -> bool {
 
 fn probe() -> Option<bool> {
     const TABLE: u64 = 2 << 20;
-    // SAFETY: takes a number, gives a descriptor of ours.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | abi::UFFD_USER_MODE_ONLY) };
-    // SAFETY: just made, if it was.
-    let fd = (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as i32) })?;
-    let watch = WriteWatch::begin(fd).ok()?;
+    let watch = WriteWatch::of_this_process().ok()?;
     let scan = PageScan::open(Pid::this()).ok()?;
     // Nothing ever was in it, and one table at least is missing.
     let length = 2 * TABLE;
@@ -122,20 +128,7 @@ mod tests {
 
     /// A watch over this process.
     fn watch() -> Option<WriteWatch> {
-        // SAFETY: takes a number, gives a descriptor of ours.
-        let fd = unsafe {
-            let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | abi::UFFD_USER_MODE_ONLY);
-            if fd < 0 {
-                eprintln!("skipped: no userfaultfd");
-                return None;
-            }
-            OwnedFd::from_raw_fd(fd as i32)
-        };
-        let watch = WriteWatch::begin(fd);
-        if watch.is_err() {
-            eprintln!("skipped: no asynchronous write protection");
-        }
-        watch.ok()
+        WriteWatch::of_this_process().inspect_err(|e| eprintln!("skipped: {e}")).ok()
     }
 
     /// A new mapping of so many pages.

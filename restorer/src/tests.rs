@@ -387,6 +387,11 @@ fn memory_of_every_kind() {
     snapshot("memory", &planned(parts));
 }
 
+fn timer(id: i32) -> PosixTimer {
+    let setting = Interval { value: (1, 0), period: (2, 0) };
+    PosixTimer { id, clock: 1, notify: 0, signal: 14, value: 99, thread: 0, setting, overrun: 0 }
+}
+
 #[test]
 fn threads_signals_and_timers() {
     let mut parts = parts();
@@ -395,17 +400,7 @@ fn threads_signals_and_timers() {
     parts.task.threads[1].signals.pending.push(vec![0; 128].into());
     parts.task.threads[2].parent_death_signal = 9;
     parts.task.signals.actions[9].handler = 0x1234;
-    let posix = PosixTimer {
-        id: 7,
-        clock: 1,
-        notify: 0,
-        signal: 14,
-        value: 99,
-        thread: 0,
-        setting: Interval { value: (1, 0), period: (2, 0) },
-        overrun: 1,
-    };
-    parts.task.timers.posix.push(posix);
+    parts.task.timers.posix.push(PosixTimer { overrun: 1, ..timer(7) });
     parts.task.timers.interval[0] = Interval { value: (0, 5), period: (1, 0) };
     parts.task.sid = Pid(90);
     parts.task.pgid = Pid(91);
@@ -419,16 +414,7 @@ fn threads_signals_and_timers() {
 fn scripts_that_take_more_than_expected_have_room() {
     let room = |timers: i32| {
         let mut parts = parts();
-        parts.task.timers.posix.extend((0..timers).map(|id| PosixTimer {
-            id,
-            clock: 1,
-            notify: 0,
-            signal: 14,
-            value: 99,
-            thread: 0,
-            setting: Interval { value: (1, 0), period: (2, 0) },
-            overrun: 0,
-        }));
+        parts.task.timers.posix.extend((0..timers).map(timer));
         let plan = planned(parts);
         let end = crate::plan::layout(&plan.begin, &plan.births, &plan.helpers, &plan.tasks).end;
         assert!(end <= plan.place.arena_length, "{end} of {}", plan.place.arena_length);

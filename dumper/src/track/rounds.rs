@@ -46,10 +46,10 @@ pub(super) fn run(tracking: &mut Tracking, files: &mut [DataFile], watch: &Watch
         tracking.expected = copied + unwatched;
         let slow = copied > before / 4 * 3;
         let faster = !tracking.kept && (slow || copied <= SOON) && keep(files);
+        tracking.kept |= faster;
         if copied <= LITTLE || (slow && !faster) {
             break;
         }
-        tracking.kept |= faster;
         // What a round finds is due to the one before it.
         before = if faster { u64::MAX } else { copied };
     }

@@ -9,6 +9,7 @@ use nix::errno::Errno;
 
 use crate::error::check;
 use crate::pagemap::{Ability, PageScan, page_size};
+use crate::write_watch::WriteWatch;
 use crate::{Error, Pid, Result, Tid, abi, fds, maps, ptrace, sock_diag, status};
 
 fn missing(call: &'static str, errno: Errno) -> Result<()> {
@@ -130,10 +131,7 @@ pub(super) fn userfaultfd_user_mode() -> Result<()> {
 }
 
 pub(super) fn wp_async() -> Result<()> {
-    let fd = open_userfaultfd(abi::UFFD_USER_MODE_ONLY)?;
-    let mut api = abi::uffdio_api { api: abi::UFFD_API, features: abi::UFFD_FEATURE_WP_ASYNC, ioctls: 0 };
-    // SAFETY: `api` is the structure of this ioctl.
-    done(unsafe { libc::ioctl(fd.as_raw_fd(), abi::UFFDIO_API as _, &raw mut api) }, "UFFDIO_API")
+    WriteWatch::of_this_process().map(drop)
 }
 
 /// A child that waits to be killed, and is when this is dropped.
