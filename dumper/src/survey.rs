@@ -178,7 +178,12 @@ fn look(
     tcp::finish(&mut collector)?;
     let (mut processes, mut maps) = (Vec::new(), Vec::new());
     let begin = std::time::Instant::now();
-    let areas = workers::each(&found.living, |(pid, _)| vma::read(living(*pid)));
+    // Those of the tree itself stay.
+    let served = links.iter().flatten().any(|link| link == b"anon_inode:[userfaultfd]");
+    let areas = workers::each(&found.living, |(pid, _)| match served || watched.contains(pid) {
+        true => vma::read(living(*pid)),
+        false => vma::read_running(*pid),
+    });
     let took = begin.elapsed();
     for (i, ((pid, status), area)) in found.living.iter().zip(areas).enumerate() {
         collector.turn_to(living(*pid));

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 
 use torpor_image::extent::Extents;
 use torpor_image::inode::Source;
@@ -14,6 +15,7 @@ use torpor_kernel::maps::{Kind, Mapping, VmFlags};
 
 use crate::collect::{Collector, Content, stat_path};
 use crate::error::{Error, Result};
+use crate::survey;
 use crate::track::keeper;
 
 /// `MADV_*` by the word that smaps shows (fs/proc/task_mmu.c, `show_smap_vma_flags`).
@@ -46,6 +48,9 @@ const REFUSED: [(&str, &str); 10] = [
     ("sl", "sealed memory (mseal)"),
     ("dp", "droppable memory"),
 ];
+
+/// How long a watch may take to end when its dump has.
+const ENDING: Duration = Duration::from_secs(1);
 
 /// What the flags of an area say.
 struct Told {
@@ -82,6 +87,7 @@ pub(crate) fn collect(collector: &mut Collector, maps: &[Mapping]) -> Result<Vec
     let mut vmas: Vec<Vma> = Vec::with_capacity(maps.len());
     // Thousands of areas have a few sets of flags.
     let mut sets: HashMap<&[[u8; 2]], Told> = HashMap::new();
+    let mut ours = None;
     for mapping in maps {
         if mapping.kind() == Kind::Vsyscall {
             continue;
@@ -91,7 +97,7 @@ pub(crate) fn collect(collector: &mut Collector, maps: &[Mapping]) -> Result<Vec
         let told = sets.entry(&mapping.flags.words).or_insert_with(|| Told::by(&mapping.flags));
         // What it maps says more than how.
         if collector.refusals.len() == refused {
-            refuse_flags(collector, mapping, told.plain);
+            refuse_flags(collector, mapping, told.plain, &mut ours);
         }
         if collector.refusals.len() > refused {
             continue;
@@ -127,7 +133,8 @@ fn refuse(collector: &mut Collector, mapping: &Mapping, what: &str, remedy: &str
     collector.refuse(title(mapping), format!("{what} cannot be dumped yet"), remedy);
 }
 
-fn refuse_flags(collector: &mut Collector, mapping: &Mapping, plain: bool) {
+/// `ours` is whether it is torpor that watches the writes of the process, once that was asked.
+fn refuse_flags(collector: &mut Collector, mapping: &Mapping, plain: bool, ours: &mut Option<bool>) {
     // The kernel's own areas are marked as a device's.
     if matches!(mapping.kind(), Kind::Vdso | Kind::Vvar) {
         return;
@@ -139,13 +146,17 @@ fn refuse_flags(collector: &mut Collector, mapping: &Mapping, plain: bool) {
         // Memory of single pages of the kernel's, as that of rings is.
         let mixed = word == "mm" && crate::io_uring::is_mapped(mapping);
         // By a dump that has left a watch over what is written.
-        let ours = word == "uw" && is_watched(collector);
-        if mixed || ours || is_plain(word) {
+        let watched = word == "uw" && *ours.get_or_insert_with(|| is_watched(collector));
+        if mixed || watched || is_plain(word) {
             continue;
         }
         let what = REFUSED.iter().find(|(w, _)| *w == word).map(|(_, what)| (*what).to_owned());
         let what = what.unwrap_or_else(|| format!("memory with the unknown flag `{word}`"));
-        let remedy = if what == MISSING { WAIT } else { REMEDY };
+        let remedy = match word {
+            "um" => WAIT,
+            "uw" => "end who watches it, which may be another torpor, or unmap it before the dump",
+            _ => REMEDY,
+        };
         collector.refuse(title(mapping), format!("{what} cannot be dumped yet"), remedy);
         return;
     }
@@ -313,15 +324,25 @@ fn note_mapped(collector: &mut Collector, id: InodeId, mapping: &Mapping) {
 }
 
 /// Whether it is torpor that watches the writes of the process.
-fn is_watched(collector: &mut Collector) -> bool {
-    let pid = collector.pid;
-    if !collector.watched.contains(&pid) && keeper::holds(pid) {
-        collector.watched.insert(pid);
-    }
-    collector.watched.contains(&pid)
+fn is_watched(collector: &Collector) -> bool {
+    collector.watched.contains(&collector.pid) || keeper::holds(collector.pid)
 }
 
 /// The memory map of a process with all that is told of its areas.
 pub(crate) fn read(pid: Pid) -> Result<Vec<Mapping>> {
     torpor_kernel::maps::smaps(pid).map_err(Error::kernel(pid, "reading its memory map"))
+}
+
+/// The same of a process that runs. Where areas are watched and nobody says that he does it, a dump has just been
+/// killed or has given the watch away, and the kernel is about to take it from the areas: that is waited for.
+pub(crate) fn read_running(pid: Pid) -> Result<Vec<Mapping>> {
+    let begin = Instant::now();
+    loop {
+        let maps = read(survey::living(pid))?;
+        let watched = maps.iter().any(|m| m.flags.has("uw"));
+        if !watched || keeper::holds(pid) || begin.elapsed() > ENDING {
+            return Ok(maps);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }

@@ -12,6 +12,7 @@ mod golden;
 mod interrupted;
 mod io_uring;
 mod ipc;
+mod keeper;
 mod lazy;
 mod obstacles;
 mod pty;
@@ -40,6 +41,7 @@ fn main() {
     trials.extend(connections::trials());
     trials.extend(content::trials());
     trials.extend(track::trials());
+    trials.extend(keeper::trials());
     trials.extend(threads::trials());
     trials.extend(soft_dirty::trials());
     trials.extend(tree::trials());

@@ -227,7 +227,7 @@ unsafe fn serve(all: &[Kept], polled: &mut [libc::pollfd], keep: &[i32], own: u3
     }
 }
 
-/// Answers one question; whether everything was given away by that.
+/// Answers one question; whether anything was given away by that.
 ///
 /// # Safety
 /// As for `serve`.
@@ -250,22 +250,23 @@ unsafe fn answer(all: &[Kept], listener: i32, own: u32) -> bool {
         let mut question = 0u8;
         let asked = libc::recv(fd, (&raw mut question).cast(), 1, 0) == 1;
         let allowed = peer.uid == 0 || peer.uid == own;
-        let gives = asked && allowed && question == TAKE;
+        let mut gave = false;
         if asked && question == HOLDS {
             libc::send(fd, (&raw const question).cast(), 1, libc::MSG_NOSIGNAL);
-        } else if gives {
-            for kept in all {
-                pass(fd, kept);
-            }
+        } else if asked && allowed && question == TAKE {
+            // One that cannot be had any more by who asked is not lost by that.
+            gave = all.iter().filter(|kept| pass(fd, kept)).count() > 0;
         }
         libc::close(fd);
-        gives
+        gave
     }
 }
 
+/// Whether it was sent.
+///
 /// # Safety
 /// As for `serve`.
-unsafe fn pass(to: i32, kept: &Kept) {
+unsafe fn pass(to: i32, kept: &Kept) -> bool {
     const ROOM: usize = 64;
     let mut control = [0u64; ROOM / 8];
     let mut part =
@@ -283,6 +284,6 @@ unsafe fn pass(to: i32, kept: &Kept) {
         (*header).cmsg_type = libc::SCM_RIGHTS;
         (*header).cmsg_len = libc::CMSG_LEN(size_of::<i32>() as u32) as _;
         libc::CMSG_DATA(header).cast::<i32>().write_unaligned(kept.watch.as_fd().as_raw_fd());
-        libc::sendmsg(to, &raw const message, libc::MSG_NOSIGNAL);
+        libc::sendmsg(to, &raw const message, libc::MSG_NOSIGNAL) >= 0
     }
 }
