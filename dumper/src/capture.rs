@@ -13,7 +13,7 @@ use torpor_image::task::{Shares, Task};
 use torpor_image::vma::Vma;
 use torpor_image::write::{DataFile, ImageWriter};
 use torpor_image::zombie::Zombie;
-use torpor_image::{Bytes, Pid as ImagePid};
+use torpor_image::{Bytes, InodeId, Pid as ImagePid};
 use torpor_kernel::ids::Pid;
 use torpor_kernel::stat;
 use torpor_parasite::script::Outcome;
@@ -21,13 +21,13 @@ use torpor_parasite::wire::STACK;
 
 use crate::areas::Areas;
 use crate::collect::Collector;
-use crate::description::{self, Found};
+use crate::description::{self, Found, Table};
 use crate::dump::{Before, Destination, Dumped, Options};
 use crate::error::{Error, Result};
 use crate::freeze::{Frozen, FrozenTree};
 use crate::gadget::Gadgets;
 use crate::hold::Hold;
-use crate::memory::{self, Behind, Copied, Space, Watch};
+use crate::memory::{self, Ahead, Behind, Copied, Space, Watch};
 use crate::opened::Opened;
 use crate::scratch::{self, Files};
 use crate::snapshot::{self, Birth, Snapshot};
@@ -87,28 +87,13 @@ pub(crate) fn capture<'s>(
     }
     collector.files = Files::new(options.files.clone(), root)?;
     collector.order.clone_from(&before.order);
-    let shares = sharing::collect(&stopped.processes)?;
-    // Descriptors first: through them files can be opened that only a privilege opens by their mappings.
-    let (found, outsides) = looks(stopped, opened, &shares, &before.areas)?;
-    let threads = threads(stopped)?;
-    let tables = description::collect(&mut collector, found)?;
-    *hold = tcp::finish(&mut collector)?;
-    let (mut vmas, mut programs) = (Vec::with_capacity(tables.len()), Vec::with_capacity(tables.len()));
-    for ((process, outside), threads) in stopped.processes.iter().zip(&outsides).zip(&threads) {
-        collector.turn_to(process.living());
-        survey::refuse_process(&mut collector, process.pid() == root, &threads[0].status)?;
-        vmas.push(vma::collect(&mut collector, &outside.maps)?);
-        programs.push(task::exe(&mut collector)?);
-    }
-    collector.turn_to(root);
-    scratch::decide(&mut collector, outsides.iter().map(|o| o.cwd.clone()))?;
-    lease::confirm(&mut collector, vmas.iter().flatten());
-    sysv::collect(&mut collector)?;
-    let mut prepared = Vec::with_capacity(tables.len());
-    for ((process, outside), threads) in stopped.processes.iter().zip(&outsides).zip(threads) {
-        collector.turn_to(process.living());
-        prepared.push(task::prepare(&mut collector, process, outside, threads, &before.restarts)?);
-    }
+    let many = if way.freeze == Freeze::Copy { &before.areas.many[..] } else { &[] };
+    let mut tell = || tell(stopped, hold, &mut collector, opened, before);
+    let (told, ahead) = match many.is_empty() {
+        true => (tell(), Ahead::default()),
+        false => workers::both(tell, || Ahead::look(many)),
+    };
+    let Told { shares, tables, outsides, vmas, programs, prepared } = told?;
     // What the survey saw may have changed before the freeze.
     if !collector.refusals.is_empty() {
         return Err(Error::Refused { pid: root, refusals: collector.refusals });
@@ -153,6 +138,7 @@ pub(crate) fn capture<'s>(
                 .filter(|_| !pins[i]),
             behind: &behind[i],
             soft: options.tracking.and_then(|t| t.soft(stopped.processes[i].pid())),
+            ahead: Some(&ahead),
         })
         .collect();
     let (outcomes, snapshots, (pages, memory)) = {
@@ -214,6 +200,50 @@ pub(crate) fn capture<'s>(
         way: way.clone(),
         snapshots,
     })
+}
+
+/// What is told of a tree from outside.
+struct Told {
+    shares: Vec<Shares>,
+    tables: Vec<Table>,
+    outsides: Vec<Outside>,
+    /// The areas of each process, its program, and how it is entered.
+    vmas: Vec<Vec<Vma>>,
+    programs: Vec<InodeId>,
+    prepared: Vec<Prepared>,
+}
+
+fn tell(
+    stopped: &FrozenTree,
+    hold: &mut Option<Hold>,
+    collector: &mut Collector,
+    opened: &[Opened],
+    before: &Before,
+) -> Result<Told> {
+    let root = stopped.root().pid();
+    let shares = sharing::collect(&stopped.processes)?;
+    // Descriptors first: through them files can be opened that only a privilege opens by their mappings.
+    let (found, outsides) = looks(stopped, opened, &shares, &before.areas)?;
+    let threads = threads(stopped)?;
+    let tables = description::collect(collector, found)?;
+    *hold = tcp::finish(collector)?;
+    let (mut vmas, mut programs) = (Vec::with_capacity(tables.len()), Vec::with_capacity(tables.len()));
+    for ((process, outside), threads) in stopped.processes.iter().zip(&outsides).zip(&threads) {
+        collector.turn_to(process.living());
+        survey::refuse_process(collector, process.pid() == root, &threads[0].status)?;
+        vmas.push(vma::collect(collector, &outside.maps)?);
+        programs.push(task::exe(collector)?);
+    }
+    collector.turn_to(root);
+    scratch::decide(collector, outsides.iter().map(|o| o.cwd.clone()))?;
+    lease::confirm(collector, vmas.iter().flatten());
+    sysv::collect(collector)?;
+    let mut prepared = Vec::with_capacity(tables.len());
+    for ((process, outside), threads) in stopped.processes.iter().zip(&outsides).zip(threads) {
+        collector.turn_to(process.living());
+        prepared.push(task::prepare(collector, process, outside, threads, &before.restarts)?);
+    }
+    Ok(Told { shares, tables, outsides, vmas, programs, prepared })
 }
 
 /// What /proc tells of every process: its descriptors, but for a table that is another's, and all else.
@@ -327,11 +357,7 @@ fn enter_and_copy<T: Send>(
     };
     let ready = visits(stopped, ways, births, &turns, 0)?;
     if last == 0 && !ready.borrows() {
-        let (all, copied) = std::thread::scope(|scope| {
-            let copier = scope.spawn(copy);
-            let all = ready.run_then(allow);
-            (all, copier.join().expect("what copies does not panic"))
-        });
+        let (all, copied) = workers::both(|| ready.run_then(allow), copy);
         note(0, unpack(all?));
         return Ok((outcomes, snapshots, copied?));
     }
@@ -449,7 +475,15 @@ fn read_snapshots(
     let spaces: Option<Vec<Space<'_>>> = all
         .map(|(((snapshot, task), vmas), behind)| {
             let parent = tasks.iter().position(|t| t.pid == task.ppid);
-            Some(Space { pid: snapshot.as_ref()?.pid(), vmas, parent, covered: None, behind, soft: None })
+            Some(Space {
+                pid: snapshot.as_ref()?.pid(),
+                vmas,
+                parent,
+                covered: None,
+                behind,
+                soft: None,
+                ahead: None,
+            })
         })
         .collect();
     let spaces = spaces.ok_or_else(lost)?;

@@ -29,7 +29,7 @@ use crate::tcp::{self, TcpPolicy};
 use crate::thread::Unasked;
 use crate::track::Tracking;
 use crate::unix::{self, ExternalUnix};
-use crate::{areas, inotify, io_uring, netlink, pty, snapshot};
+use crate::{areas, inotify, io_uring, netlink, pty, snapshot, workers};
 
 /// How often the freeze is put off for programs to take in what a dump would lose: 127 ms in all.
 const MOMENTS: u32 = 7;
@@ -188,6 +188,7 @@ impl Target {
         tracking: Option<&Tracking>,
     ) -> Result<Self> {
         let root = Pid(pid);
+        workers::prepare();
         let watched =
             tracking.map(|t| t.watched().flat_map(|p| [p, survey::living(p)]).collect()).unwrap_or_default();
         let (survey, maps) = survey::survey(root, tcp, external_unix, &watched)?;

@@ -5,6 +5,7 @@
 //! /proc/PID/mem, at half the speed, and so are areas without access, which only that way shows. Every
 //! writer has a data file of its own, so that none waits for another's inode lock.
 
+mod ahead;
 mod behind;
 mod content;
 mod known;
@@ -23,12 +24,14 @@ use torpor_kernel::ids::Pid;
 use torpor_kernel::pagemap::PageScan;
 use torpor_kernel::write_watch;
 
+use crate::areas::MANY;
 use crate::error::{Error, Result};
 use crate::stage::Stage;
 use crate::track::runs::{self, Covered, Runs};
 use crate::track::soft::Soft;
 use crate::workers;
 
+pub(crate) use self::ahead::Ahead;
 pub(crate) use self::behind::Behind;
 pub(crate) use self::content::copy_inodes;
 pub(crate) use self::known::Known;
@@ -41,11 +44,10 @@ pub(crate) use self::store::slice;
 const CHUNK: u64 = 1 << 20;
 /// Memory worth another thread.
 const SHARE: u64 = 2 << 20;
-const MAX_WRITERS: u64 = 8;
+/// Shares of what is staged for each thread: none is as fast as another.
+const PIECES: u64 = 8;
 /// Addresses that one thread looks at at a time: a dense GiB takes 3 ms.
 pub(crate) const LOOK: u64 = 256 << 20;
-/// From how many areas on more than one thread looks: each costs 0.4 microseconds.
-const MANY: usize = 2000;
 
 /// Runs that are taken to be written in the freeze, a microsecond each: where there are more, it is better to copy them again
 /// the next time.
@@ -79,6 +81,8 @@ pub(crate) struct Space<'a> {
     pub(crate) behind: &'a Behind,
     /// By which that shows, where it is not by write protection.
     pub(crate) soft: Option<&'a Soft>,
+    /// Where it was looked for pages already.
+    pub(crate) ahead: Option<&'a Ahead>,
 }
 
 /// A run of memory to be copied.
@@ -134,27 +138,22 @@ pub(crate) fn copy(
     }
     let bytes: u64 = runs.iter().map(|r| r.end - r.start).sum();
     let writers = writers(bytes).min(files.len() as u64).max(1);
-    let shares = split(&runs, bytes.div_ceil(writers).next_multiple_of(PAGE));
     if let Some(stage) = stage
         && let Some(first) = stage.take(bytes)
     {
+        let shares = split(&runs, bytes.div_ceil(writers * PIECES).next_multiple_of(PAGE).max(SHARE));
         let staged = read_shares(spaces, &shares, &mut stage.bytes_mut()[first..], first)?;
         return Ok(Copied { pages: Pages::Staged(staged), spaces: rests });
     }
-    let pages = std::thread::scope(|scope| {
-        let workers: Vec<_> = shares
-            .iter()
-            .zip(files.iter_mut())
-            .map(|(share, file)| scope.spawn(move || copy_runs(spaces, share, file, watch)))
-            .collect();
-        let mut pages = vec![Vec::new(); spaces.len()];
-        for worker in workers {
-            for (space, records) in worker.join().expect("a writer does not panic")? {
-                pages[space].extend(records);
-            }
+    let shares = split(&runs, bytes.div_ceil(writers).next_multiple_of(PAGE));
+    let mut pages = vec![Vec::new(); spaces.len()];
+    for copied in
+        workers::all(shares.iter().zip(files), |(share, file)| copy_runs(spaces, share, file, watch))
+    {
+        for (space, records) in copied? {
+            pages[space].extend(records);
         }
-        Ok::<_, Error>(pages)
-    })?;
+    }
     Ok(Copied { pages: Pages::Written(pages), spaces: rests })
 }
 
@@ -162,7 +161,6 @@ pub(crate) fn copy(
 fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<Run>, Rest)> {
     let pid = space.pid;
     let scan = PageScan::open(pid).map_err(Error::kernel(pid, "opening its pagemap"))?;
-    let mut runs = Vec::new();
     let mut rest = Rest { parent: space.parent, ..Rest::default() };
     let mut areas = joined(space.vmas);
     // Where that fails everything counts as written. It is the begin for the next dump whatever is known for this one.
@@ -174,27 +172,15 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
         };
         areas = settled::unsettled(&areas, &rest.known);
     }
-    let total: u64 = areas.iter().map(|(start, end)| end - start).sum();
-    let many = space.vmas.len() >= MANY;
-    let parts = parts(&areas, if many { (total / 8).next_multiple_of(PAGE).clamp(PAGE, LOOK) } else { LOOK });
-    let look = |(start, end): &(u64, u64)| {
-        scan.contents(*start, *end).map_err(Error::kernel(pid, "finding its pages"))
+    let (mut runs, guards) = match space.ahead.and_then(|ahead| ahead.of(pid, &areas)) {
+        Some(found) => found,
+        None => contents(&scan, pid, &areas, space.vmas.len() >= MANY)?,
     };
-    // A thread is worth more than a small space takes.
-    let small = total < LOOK && !many;
-    let looks: Vec<_> = if small { parts.iter().map(look).collect() } else { workers::each_of(&parts, look) };
-    for look in looks {
-        let (pages, guards) = look?;
-        runs.extend(pages.into_iter().map(|r| (r.start, r.end)));
-        rest.guards.extend(guards.into_iter().map(|r| Record {
-            address: r.start,
-            length: r.end - r.start,
-            place: Where::Guard,
-            file: 0,
-            offset: 0,
-        }));
-    }
-    let mut runs = runs::tidy(runs);
+    let guard = |(start, end): (u64, u64)| {
+        let length = end - start;
+        Record { address: start, length, place: Where::Guard, file: 0, offset: 0 }
+    };
+    rest.guards = guards.into_iter().map(guard).collect();
     if space.covered.is_some() {
         runs = runs::without(&runs, &rest.known);
         // What is not taken counts as written the next time.
@@ -212,6 +198,25 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
         runs = runs::tidy([others, runs::both(&shared, &apart)].concat());
     }
     Ok((runs.into_iter().map(|(start, end)| Run { space: number, start, end }).collect(), rest))
+}
+
+/// The pages that areas hold, and their guards. `many`: it takes longer than their size tells.
+fn contents(scan: &PageScan, pid: Pid, areas: &[(u64, u64)], many: bool) -> Result<(Runs, Runs)> {
+    let total: u64 = areas.iter().map(|(start, end)| end - start).sum();
+    let parts = parts(areas, if many { (total / 8).next_multiple_of(PAGE).clamp(PAGE, LOOK) } else { LOOK });
+    let look = |(start, end): &(u64, u64)| {
+        scan.contents(*start, *end).map_err(Error::kernel(pid, "finding its pages"))
+    };
+    // A thread is worth more than a small space takes.
+    let small = total < LOOK && !many;
+    let looks: Vec<_> = if small { parts.iter().map(look).collect() } else { workers::each_of(&parts, look) };
+    let (mut runs, mut guards) = (Runs::new(), Runs::new());
+    for look in looks {
+        let (pages, its_guards) = look?;
+        runs.extend(pages.into_iter().map(|r| (r.start, r.end)));
+        guards.extend(its_guards.into_iter().map(|r| (r.start, r.end)));
+    }
+    Ok((runs::tidy(runs), runs::tidy(guards)))
 }
 
 /// Splits `runs` of a process into those whose pages its parent has at the same address as well, and the
@@ -278,19 +283,10 @@ fn read_shares(
         }
         parts.push((share, part));
     }
-    std::thread::scope(|scope| {
-        let mut parts = parts.into_iter();
-        let own = parts.next();
-        let workers: Vec<_> =
-            parts.map(|(share, part)| scope.spawn(move || read_runs(spaces, share, part))).collect();
-        if let Some((share, part)) = own {
-            read_runs(spaces, share, part)?;
-        }
-        for worker in workers {
-            worker.join().expect("a reader does not panic")?;
-        }
-        Ok(staged)
-    })
+    workers::all(parts, |(share, part)| read_runs(spaces, share, part))
+        .into_iter()
+        .collect::<Result<()>>()?;
+    Ok(staged)
 }
 
 fn read_runs(spaces: &[Space<'_>], runs: &[Run], mut room: &mut [u8]) -> Result<()> {
@@ -392,40 +388,24 @@ fn write_staged(
         }
         Ok(all)
     };
-    let write = &write;
-    std::thread::scope(|scope| {
-        let mut parts = parts.zip(files.iter_mut());
-        let first = parts.next();
-        let others: Vec<_> = parts.map(|(part, file)| scope.spawn(move || write(part, file))).collect();
-        let mut all = vec![Vec::new(); spaces.len()];
-        let mut take = |written: Vec<(usize, Vec<Record>)>| {
-            written.into_iter().for_each(|(space, records)| all[space].extend(records));
-        };
-        if let Some((part, file)) = first {
-            take(write(part, file)?);
-        }
-        for other in others {
-            take(other.join().expect("a writer does not panic")?);
-        }
-        Ok(all)
-    })
+    let mut all = vec![Vec::new(); spaces.len()];
+    for written in workers::all(parts.zip(files), |(part, file)| write(part, file)) {
+        written?.into_iter().for_each(|(space, records)| all[space].extend(records));
+    }
+    Ok(all)
 }
 
 /// Encodes what was put aside, every file in a thread of its own.
 pub(crate) fn catch_up(files: &mut [DataFile]) -> Result<()> {
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = files.iter_mut().map(|file| scope.spawn(|| file.catch_up())).collect();
-        for worker in workers {
-            worker.join().expect("a writer does not panic")?;
-        }
-        Ok(())
-    })
+    for caught_up in workers::all(files, DataFile::catch_up) {
+        caught_up?;
+    }
+    Ok(())
 }
 
 /// How many writers `bytes` of memory are worth on this machine.
 fn writers(bytes: u64) -> u64 {
-    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
-    bytes.div_ceil(SHARE).clamp(1, cpus.min(MAX_WRITERS))
+    bytes.div_ceil(SHARE).clamp(1, workers::cpus() as u64)
 }
 
 /// How many data files to prepare: those not needed are dropped.

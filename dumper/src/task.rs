@@ -1,6 +1,7 @@
 //! Putting a process together: what the frozen process is asked, from outside and from inside.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use torpor_image::extent::Extents;
 use torpor_image::inode::Source;
@@ -98,7 +99,7 @@ fn ask(script: &mut Script) -> Asked {
 /// What /proc tells of a stopped process.
 #[derive(Debug)]
 pub(crate) struct Outside {
-    pub(crate) maps: Vec<Mapping>,
+    pub(crate) maps: Arc<[Mapping]>,
     stat: Stat,
     /// Of a thread that lives: of a first thread that has ended no addresses are shown.
     living: Stat,
@@ -119,7 +120,7 @@ impl Outside {
 }
 
 /// Reads all of it, of process `own_pid` by way of its thread `pid`; `areas` is its memory map, if that is known.
-pub(crate) fn look(own_pid: Pid, pid: Pid, areas: Option<&[Mapping]>) -> Result<Outside> {
+pub(crate) fn look(own_pid: Pid, pid: Pid, areas: Option<&Arc<[Mapping]>>) -> Result<Outside> {
     let fail = |what: &str| Error::kernel(pid, format!("reading {what}"));
     let stat = stat::of_process(own_pid).map_err(fail("its stat"))?;
     Ok(Outside {

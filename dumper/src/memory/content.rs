@@ -18,6 +18,7 @@ use super::{CHUNK, Run, Watch, split, writers};
 use crate::collect::Content;
 use crate::error::{Error, Result};
 use crate::track::runs;
+use crate::workers;
 
 /// An inode whose contents are copied.
 struct Source<'a> {
@@ -50,24 +51,12 @@ pub(crate) fn copy_inodes(
     let bytes: u64 = runs.iter().map(|r| r.end - r.start).sum();
     let writers = writers(bytes).min(files.len() as u64).max(1);
     let shares = split(&runs, bytes.div_ceil(writers).next_multiple_of(PAGE));
-    let sources = &sources[..];
-    std::thread::scope(|scope| {
-        let mut parts = shares.iter().zip(files.iter_mut());
-        let first = parts.next();
-        let copy = move |share: &[Run], file: &mut DataFile| copy_share(pid, sources, share, file, watch);
-        let others: Vec<_> = parts.map(|(share, file)| scope.spawn(move || copy(share, file))).collect();
-        let mut copied = vec![Vec::new(); sources.len()];
-        let mut take = |records: Vec<(usize, Vec<Record>)>| {
-            records.into_iter().for_each(|(source, records)| copied[source].extend(records));
-        };
-        if let Some((share, file)) = first {
-            take(copy(share, file)?);
-        }
-        for other in others {
-            take(other.join().expect("a writer does not panic")?);
-        }
-        Ok(copied)
-    })
+    let mut all = vec![Vec::new(); sources.len()];
+    let copy = |(share, file): (&Vec<Run>, &mut DataFile)| copy_share(pid, &sources, share, file, watch);
+    for copied in workers::all(shares.iter().zip(files), copy) {
+        copied?.into_iter().for_each(|(source, records)| all[source].extend(records));
+    }
+    Ok(all)
 }
 
 fn copy_share(

@@ -10,6 +10,7 @@ use super::store::store_pieces;
 use super::{Behind, CHUNK, Run, Watch, split, writers};
 use crate::error::Result;
 use crate::track::runs::Runs;
+use crate::workers;
 
 /// What of a running process is to be copied, and the code that its areas show by themselves.
 pub(crate) struct Wanted {
@@ -36,19 +37,14 @@ pub(crate) fn copy_live(
     let writers = writers(bytes).min(files.len() as u64).max(1);
     let shares = split(&runs, bytes.div_ceil(writers).next_multiple_of(torpor_image::extent::PAGE));
     let mut all = vec![Vec::new(); wanted.len()];
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = shares
-            .iter()
-            .zip(files.iter_mut())
-            .map(|(share, file)| scope.spawn(move || copy_share(wanted, share, file, watch)))
-            .collect();
-        for worker in workers {
-            for (space, records) in worker.join().expect("a writer does not panic")? {
-                all[space].extend(records);
-            }
+    for copied in
+        workers::all(shares.iter().zip(files), |(share, file)| copy_share(wanted, share, file, watch))
+    {
+        for (space, records) in copied? {
+            all[space].extend(records);
         }
-        Ok(all)
-    })
+    }
+    Ok(all)
 }
 
 fn copy_share(
