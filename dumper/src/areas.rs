@@ -80,6 +80,12 @@ fn private(maps: &[Mapping]) -> Runs {
     runs::tidy(maps.iter().filter(own).map(|m| (m.start, m.end)).collect())
 }
 
+/// Areas of a process that stands of which no page is another's as well. One that was swapped out may be.
+pub(crate) fn unshared(maps: &[Mapping]) -> Runs {
+    let own = maps.iter().filter(|m| !m.shared && m.shared_kb == 0 && m.swap_kb == 0);
+    runs::tidy(own.map(|m| (m.start, m.end)).collect())
+}
+
 /// The map of a stopped process, of which `known` may still hold.
 pub(crate) fn of(pid: Pid, known: Option<&Arc<[Mapping]>>) -> Result<Arc<[Mapping]>> {
     let Some(known) = known else { return Ok(vma::read(pid)?.into()) };
@@ -94,6 +100,7 @@ pub(crate) fn of(pid: Pid, known: Option<&Arc<[Mapping]>>) -> Result<Arc<[Mappin
     for (map, known) in maps.iter_mut().zip(&known[..]) {
         map.flags = known.flags.clone();
         (map.pkey, map.page_kb) = (known.pkey, known.page_kb);
+        (map.shared_kb, map.swap_kb) = (known.shared_kb, known.swap_kb);
     }
     Ok(maps.into())
 }

@@ -19,7 +19,7 @@ use torpor_kernel::stat;
 use torpor_parasite::script::Outcome;
 use torpor_parasite::wire::STACK;
 
-use crate::areas::Areas;
+use crate::areas::{self, Areas};
 use crate::collect::Collector;
 use crate::description::{self, Found, Table};
 use crate::dump::{Before, Destination, Dumped, Options};
@@ -33,6 +33,7 @@ use crate::scratch::{self, Files};
 use crate::snapshot::{self, Birth, Snapshot};
 use crate::stage::Stage;
 use crate::task::{self, Outside, Prepared};
+use crate::track::runs::Runs;
 use crate::track::{self, Tracking};
 use crate::{inject, io_uring, lease, sharing, survey, sysv, tcp, thread, vma, workers};
 
@@ -121,6 +122,7 @@ pub(crate) fn capture<'s>(
             track::pins(&collector.objects, &tables[owner].descriptors)
         })
         .collect();
+    let unshared: Vec<Runs> = outsides.iter().map(|o| areas::unshared(&o.maps)).collect();
     let behind = Behind::of_tree(&collector, &vmas, taken_at);
     let spaces: Vec<Space<'_>> = (0..vmas.len())
         .map(|i| Space {
@@ -138,6 +140,7 @@ pub(crate) fn capture<'s>(
                 .filter(|_| !pins[i]),
             behind: &behind[i],
             soft: options.tracking.and_then(|t| t.soft(stopped.processes[i].pid())),
+            unshared: &unshared[i],
             ahead: Some(&ahead),
         })
         .collect();
@@ -482,6 +485,7 @@ fn read_snapshots(
                 covered: None,
                 behind,
                 soft: None,
+                unshared: &[],
                 ahead: None,
             })
         })

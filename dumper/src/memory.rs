@@ -81,6 +81,8 @@ pub(crate) struct Space<'a> {
     pub(crate) behind: &'a Behind,
     /// By which that shows, where it is not by write protection.
     pub(crate) soft: Option<&'a Soft>,
+    /// Areas whose pages are of it alone, as far as that is known.
+    pub(crate) unshared: &'a [(u64, u64)],
     /// Where it was looked for pages already.
     pub(crate) ahead: Option<&'a Ahead>,
 }
@@ -304,7 +306,7 @@ fn read_runs(spaces: &[Space<'_>], runs: &[Run], mut room: &mut [u8]) -> Result<
 /// The reader of the space that is being read: runs of one space follow each other.
 struct Readers<'a> {
     spaces: &'a [Space<'a>],
-    now: Option<(usize, Reader)>,
+    now: Option<(usize, Reader<'a>)>,
 }
 
 impl<'a> Readers<'a> {
@@ -312,10 +314,10 @@ impl<'a> Readers<'a> {
         Readers { spaces, now: None }
     }
 
-    fn of(&mut self, space: usize) -> Result<&Reader> {
+    fn of(&mut self, space: usize) -> Result<&Reader<'a>> {
         let reader = match self.now.take() {
             Some((of, reader)) if of == space => reader,
-            _ => Reader::open(self.spaces[space].pid)?,
+            _ => Reader::open(self.spaces[space].pid, self.spaces[space].unshared)?,
         };
         Ok(&self.now.insert((space, reader)).1)
     }

@@ -45,7 +45,9 @@ pub struct Mapping {
     pub page_kb: u64,
     /// Resident memory in kB. 0 from `maps`.
     pub rss_kb: u64,
-    /// Of that, anonymous memory in kB. 0 from `maps`.
+    /// Of that, pages that another process has as well, in kB. 0 from `maps`.
+    pub shared_kb: u64,
+    /// Of resident memory, anonymous memory in kB. 0 from `maps`.
     pub anonymous_kb: u64,
     /// Swapped out memory in kB. 0 from `maps`.
     pub swap_kb: u64,
@@ -207,16 +209,27 @@ fn parse(file: &str, text: &[u8]) -> Result<Vec<Mapping>> {
             b'K' => (&b"KernelPageSize:"[..], &mut last.page_kb),
             b'R' => (&b"Rss:"[..], &mut last.rss_kb),
             b'A' => (&b"Anonymous:"[..], &mut last.anonymous_kb),
-            b'S' => (&b"Swap:"[..], &mut last.swap_kb),
+            b'S' => match line.strip_prefix(b"Shared_") {
+                // Clean and dirty ones.
+                Some(shared) => {
+                    let value = shared.split(|byte| *byte == b':').nth(1).and_then(kilobytes);
+                    last.shared_kb += value.ok_or_else(|| Error::parse(file, line))?;
+                    continue;
+                }
+                None => (&b"Swap:"[..], &mut last.swap_kb),
+            },
             _ => continue,
         };
         if let Some(value) = line.strip_prefix(field.0) {
-            let value = value.trim_ascii();
-            *field.1 =
-                number(value.strip_suffix(b"kB").unwrap_or(value)).ok_or_else(|| Error::parse(file, line))?;
+            *field.1 = kilobytes(value).ok_or_else(|| Error::parse(file, line))?;
         }
     }
     Ok(all)
+}
+
+fn kilobytes(value: &[u8]) -> Option<u64> {
+    let value = value.trim_ascii();
+    number(value.strip_suffix(b"kB").unwrap_or(value))
 }
 
 fn flag_words(line: &[u8]) -> Vec<[u8; 2]> {
@@ -273,7 +286,10 @@ MMUPageSize:           4 kB
 Rss:                   8 kB
 Pss:                   0 kB
 Pss_Dirty:             0 kB
-Shared_Clean:          0 kB
+Shared_Clean:          4 kB
+Shared_Dirty:         16 kB
+Private_Clean:         0 kB
+Shared_Hugetlb:        0 kB
 Anonymous:            12 kB
 AnonHugePages:         2 kB
 Swap:                 16 kB
@@ -299,6 +315,7 @@ VmFlags: ex \n";
         assert_eq!((file.dev, file.inode), ((0xfe, 0), 10_010_748));
         assert_eq!(file.path, b"/tmp/a b/x\ny\\z\xff");
         assert_eq!((file.page_kb, file.rss_kb, file.anonymous_kb, file.swap_kb), (4, 8, 12, 16));
+        assert_eq!(file.shared_kb, 20);
         assert_eq!(file.pkey, 3);
         assert_eq!(file.flags.words.len(), 11);
         assert!(file.flags.has("ss") && file.flags.has("zz") && !file.flags.has("gd"));

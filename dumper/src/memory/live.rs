@@ -58,7 +58,7 @@ fn copy_share(
     for runs in share.chunk_by(|a, b| a.space == b.space) {
         let space = runs[0].space;
         // It may have ended.
-        let Ok(reader) = Reader::open(wanted[space].pid) else { continue };
+        let Ok(reader) = Reader::open(wanted[space].pid, &[]) else { continue };
         let behind = &wanted[space].behind;
         let mut records = Vec::new();
         for batch in batches(runs) {

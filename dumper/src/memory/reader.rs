@@ -34,23 +34,25 @@ pub(super) fn batches(runs: &[Run]) -> impl Iterator<Item = &[Run]> {
 }
 
 /// Reads memory of a stopped process.
-pub(super) struct Reader {
+pub(super) struct Reader<'a> {
     pub(super) pid: Pid,
     memory: Memory,
     pagemap: File,
+    /// Where all pages are known to be of this process alone.
+    unshared: &'a [(u64, u64)],
 }
 
 /// Bits of an entry of /proc/PID/pagemap: present, and of this process alone
 /// (Documentation/admin-guide/mm/pagemap.rst).
 const OWN: u64 = 1 << 63 | 1 << 56;
 
-impl Reader {
-    pub(super) fn open(pid: Pid) -> Result<Self> {
+impl<'a> Reader<'a> {
+    pub(super) fn open(pid: Pid, unshared: &'a [(u64, u64)]) -> Result<Self> {
         let pagemap = File::open(format!("/proc/{pid}/pagemap")).map_err(|e| {
             Error::kernel(pid, "opening its pagemap")(torpor_kernel::Error::io("open", "pagemap", &e))
         })?;
         let memory = Memory::open(pid, false).map_err(Error::kernel(pid, "opening its memory"))?;
-        Ok(Reader { pid, memory, pagemap })
+        Ok(Reader { pid, memory, pagemap, unshared })
     }
 
     /// Fills `bytes` from `address`, chunk by chunk in the better way for each.
@@ -69,8 +71,12 @@ impl Reader {
         Ok(())
     }
 
-    /// Whether every page of a range is there and of this process alone.
+    /// Whether every page of a range of those that are there is of this process alone.
     fn own(&self, address: u64, length: usize) -> bool {
+        let next = self.unshared.partition_point(|(start, _)| *start <= address);
+        if self.unshared[..next].last().is_some_and(|(_, end)| *end >= address + length as u64) {
+            return true;
+        }
         let mut entries = [0u8; (CHUNK / PAGE * 8) as usize];
         let entries = &mut entries[..length / PAGE as usize * 8];
         self.pagemap.read_exact_at(entries, address / PAGE * 8).is_ok()
