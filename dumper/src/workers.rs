@@ -1,5 +1,9 @@
-//! Looking at many processes at once: what /proc tells of each is independent of the others, and costs the kernel
-//! more than us.
+//! Doing several things at once: what /proc tells of a process, and what its memory holds, is independent of the others, and
+//! costs the kernel more than us.
+//!
+//! A thread that is made while a tree stands comes too late: it waits behind the one that has made it until a processor
+//! that has nothing to do takes it over, milliseconds later. So threads are made once, before anything stands, and wait.
+//! The one that has them made is one of them, and works instead of waiting.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -49,7 +53,7 @@ pub(crate) fn parts<T: Sync, R: Send, E: Send>(
     Ok(results)
 }
 
-/// `work` for every item in a thread of its own, the first in this one. The results have the order of the items.
+/// `work` for every item, each by whatever thread is free, the first by this one. The results have the order of the items.
 pub(crate) fn all<T: Send, R: Send>(
     items: impl IntoIterator<Item = T>,
     work: impl Fn(T) -> R + Sync,
@@ -135,8 +139,7 @@ pub(crate) fn cpus() -> usize {
     *CPUS.get_or_init(|| std::thread::available_parallelism().map_or(1, |n| n.get().min(MOST)))
 }
 
-/// Begins the life of a thread. A new one stands behind the one that has made it until a processor that has nothing to do
-/// looks for work, which may take some milliseconds; it is woken where it ran before.
+/// Begins the life of a thread. Later it is woken where it ran before: every one on a processor of its own.
 fn spread(number: usize) {
     // Signals are for those who wait for them.
     let _none = nix::sys::signal::SigSet::all().thread_block();
