@@ -15,20 +15,17 @@ use anyhow::ensure;
 use serde_json::{Value, json};
 
 use crate::command::ms;
+use crate::copying::{Area, Fill, cpus, fill, read_out, take_all, write_files, write_huge};
 use crate::raw::{self, Mode, Watch};
 use crate::sample::{Tool, warm};
 use crate::series::Series;
 use crate::victim::{map, next};
 use crate::{inquiry, room, small};
 
-const GIB: usize = 1 << 30;
-const HUGE: usize = 2 << 20;
-/// What is copied by one call: still in the cache when it is read again.
-const PIECE: usize = 512 << 10;
-const WRITABLE: i32 = libc::PROT_READ | libc::PROT_WRITE;
+pub(crate) const GIB: usize = 1 << 30;
+pub(crate) const WRITABLE: i32 = libc::PROT_READ | libc::PROT_WRITE;
 /// asm-generic/mman-common.h
 pub(crate) const MADV_POPULATE_WRITE: i32 = 23;
-const MADV_COLLAPSE: i32 = 25;
 
 /// A mechanism, and what it took.
 #[derive(Debug)]
@@ -144,6 +141,13 @@ const BOUNDS: &[Mechanism] = &[
         write_huge,
     ),
     ("write of 1 GiB into files where images go", ("1 GiB", "dump"), "", 4096, write_files),
+    (
+        "1 GiB of another process read and written into such files, and its end",
+        ("1 GiB", "dump"),
+        "",
+        4096,
+        take_all,
+    ),
     ("1 GiB of huge pages made (MADV_COLLAPSE) and read from files", ("1 GiB", "restore"), "", 4096, |g| {
         fill(g, Fill::Collapse)
     }),
@@ -181,7 +185,7 @@ impl Ground<'_> {
     }
 
     /// A file of 1 GiB for each processor's part, cached.
-    fn files(&self) -> anyhow::Result<Vec<File>> {
+    pub(crate) fn files(&self) -> anyhow::Result<Vec<File>> {
         (0..cpus())
             .map(|i| {
                 let mut options = File::options();
@@ -189,65 +193,6 @@ impl Ground<'_> {
                 Ok(file.open(self.dir.join(format!("part-{i}")))?)
             })
             .collect()
-    }
-}
-
-fn cpus() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from).min(8)
-}
-
-/// Divides 1 GiB among a thread for each processor: its number, where its part begins, and how long it is.
-fn divided(work: impl Fn(usize, usize, usize) -> anyhow::Result<()> + Sync) -> anyhow::Result<()> {
-    let part = (GIB / cpus()).next_multiple_of(HUGE);
-    let work = &work;
-    std::thread::scope(|scope| {
-        let begin = |i: usize| scope.spawn(move || work(i, i * part, part.min(GIB - i * part)));
-        let threads: Vec<_> = (0..cpus()).map(begin).collect();
-        threads
-            .into_iter()
-            .try_for_each(|t| t.join().map_err(|_| anyhow::anyhow!("a thread has panicked"))?)
-    })
-}
-
-/// Memory of 1 GiB that begins at a huge page. Unmapped on drop.
-struct Area {
-    start: usize,
-    whole: usize,
-}
-
-impl Area {
-    fn new(advice: i32, present: bool) -> anyhow::Result<Self> {
-        let whole = map(GIB + HUGE, WRITABLE)? as usize;
-        let start = whole.next_multiple_of(HUGE);
-        // SAFETY: the mapping was just made, and 1 GiB fits into it from there.
-        unsafe {
-            libc::madvise(start as *mut libc::c_void, GIB, advice);
-            if present {
-                libc::madvise(start as *mut libc::c_void, GIB, MADV_POPULATE_WRITE);
-            }
-        }
-        Ok(Self { start, whole })
-    }
-
-    /// As many of its bytes.
-    fn bytes(&self, at: usize, length: usize) -> &[u8] {
-        assert!(at + length <= GIB);
-        // SAFETY: mapped for as long as `self` lives; whoever writes there does so before it is read.
-        unsafe { std::slice::from_raw_parts((self.start + at) as *const u8, length) }
-    }
-
-    fn advise(&self, at: usize, length: usize, advice: i32) -> anyhow::Result<()> {
-        // SAFETY: within the mapping, which is ours.
-        let got = unsafe { libc::madvise((self.start + at) as *mut libc::c_void, length, advice) };
-        ensure!(got == 0, "madvise {advice}: {}", std::io::Error::last_os_error());
-        Ok(())
-    }
-}
-
-impl Drop for Area {
-    fn drop(&mut self) {
-        // SAFETY: mapped by `new`.
-        unsafe { libc::munmap(self.whole as *mut libc::c_void, GIB + HUGE) };
     }
 }
 
@@ -409,137 +354,6 @@ fn scan(ground: &Ground<'_>, part: usize) -> anyhow::Result<Vec<f64>> {
         }
         let begin = Instant::now();
         ensure!(raw::written(&pagemap, area.start, GIB)? > 0, "nothing was written to");
-        Ok(ms(begin.elapsed()))
-    };
-    (0..ground.rounds).map(|_| once()).collect()
-}
-
-/// Another process's memory into ours, by one thread for each processor.
-fn read_out(ground: &Ground<'_>) -> anyhow::Result<Vec<f64>> {
-    warm(3 * GIB);
-    let source = Area::new(libc::MADV_NOHUGEPAGE, false)?;
-    let stage = Area::new(libc::MADV_HUGEPAGE, true)?;
-    let mut ends = [0i32; 2];
-    // SAFETY: pipe fills two ints; the child writes to its copy of an area of ours, and then waits for its end.
-    let child = unsafe {
-        ensure!(libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) == 0, "no pipe");
-        let child = libc::fork();
-        if child == 0 {
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            std::ptr::write_bytes(source.start as *mut u8, 7, GIB);
-            libc::write(ends[1], c"x".as_ptr().cast(), 1);
-            loop {
-                libc::pause();
-            }
-        }
-        libc::read(ends[0], [0u8].as_mut_ptr().cast(), 1);
-        child
-    };
-    let result = ground.times(|| {
-        divided(|_, at, length| {
-            for at in (at..at + length).step_by(PIECE) {
-                let into = libc::iovec { iov_base: (stage.start + at) as *mut libc::c_void, iov_len: PIECE };
-                let from = libc::iovec { iov_base: (source.start + at) as *mut libc::c_void, iov_len: PIECE };
-                // SAFETY: both lie in areas of 1 GiB, of which pieces are parts.
-                let got = unsafe { libc::process_vm_readv(child, &raw const into, 1, &raw const from, 1, 0) };
-                ensure!(got == PIECE as isize, "process_vm_readv: {got}");
-            }
-            Ok(())
-        })
-    });
-    // SAFETY: the child is ours and not reaped; the descriptors are ours.
-    unsafe {
-        libc::kill(child, libc::SIGKILL);
-        libc::waitpid(child, std::ptr::null_mut(), 0);
-        libc::close(ends[0]);
-        libc::close(ends[1]);
-    }
-    result
-}
-
-/// Memory that is there into files, one for each processor.
-fn write_out(area: &Area, files: &[File]) -> anyhow::Result<()> {
-    divided(|i, at, length| {
-        for piece in (at..at + length).step_by(HUGE) {
-            files[i].write_all_at(area.bytes(piece, HUGE.min(at + length - piece)), (piece - at) as u64)?;
-        }
-        Ok(())
-    })
-}
-
-fn write_huge(ground: &Ground<'_>) -> anyhow::Result<Vec<f64>> {
-    let area = Area::new(libc::MADV_NOHUGEPAGE, true)?;
-    let once = || {
-        warm(2 * GIB);
-        let directory = raw::huge_tmpfs()?;
-        let files: anyhow::Result<Vec<File>> =
-            (0..cpus()).map(|_| Ok(raw::unnamed(&directory)?.into())).collect();
-        let files = files?;
-        let begin = Instant::now();
-        write_out(&area, &files)?;
-        Ok(ms(begin.elapsed()))
-    };
-    (0..ground.rounds).map(|_| once()).collect()
-}
-
-fn write_files(ground: &Ground<'_>) -> anyhow::Result<Vec<f64>> {
-    let area = Area::new(libc::MADV_NOHUGEPAGE, true)?;
-    let once = || {
-        let files = ground.files()?;
-        warm(2 * GIB);
-        let begin = Instant::now();
-        write_out(&area, &files)?;
-        Ok(ms(begin.elapsed()))
-    };
-    (0..ground.rounds).map(|_| once()).collect()
-}
-
-/// How pages are made before, or as, contents are put there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fill {
-    Collapse,
-    Populate,
-    Copy,
-}
-
-/// Cached files into new memory.
-fn fill(ground: &Ground<'_>, how: Fill) -> anyhow::Result<Vec<f64>> {
-    let files = ground.files()?;
-    write_out(&Area::new(libc::MADV_HUGEPAGE, true)?, &files)?;
-    let once = || {
-        warm(2 * GIB);
-        let area = Area::new(libc::MADV_NORMAL, false)?;
-        let begin = Instant::now();
-        let watch = match how {
-            Fill::Copy => Some(Watch::over(area.start, GIB, Mode::Missing)?),
-            _ => None,
-        };
-        divided(|i, at, length| {
-            let piece = if how == Fill::Collapse { HUGE } else { PIECE };
-            let mut buffer = vec![0; if how == Fill::Copy { piece } else { 0 }];
-            for from in (at..at + length).step_by(piece) {
-                let to = (area.start + from) as *mut u8;
-                match how {
-                    Fill::Collapse => {
-                        // SAFETY: in the mapping, of which this thread has the part.
-                        unsafe { to.write_volatile(1) };
-                        area.advise(from, piece, MADV_COLLAPSE)?;
-                    }
-                    Fill::Populate => area.advise(from, piece, MADV_POPULATE_WRITE)?,
-                    Fill::Copy => {}
-                }
-                let offset = (from - at) as u64;
-                if let Some(watch) = &watch {
-                    files[i].read_exact_at(&mut buffer, offset)?;
-                    watch.copy(to as usize, buffer.as_ptr(), piece)?;
-                } else {
-                    // SAFETY: in the mapping, of which this thread has the part.
-                    let into = unsafe { std::slice::from_raw_parts_mut(to, piece) };
-                    files[i].read_exact_at(into, offset)?;
-                }
-            }
-            Ok(())
-        })?;
         Ok(ms(begin.elapsed()))
     };
     (0..ground.rounds).map(|_| once()).collect()

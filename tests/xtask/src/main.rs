@@ -5,6 +5,7 @@ mod bounds;
 mod cases;
 mod chain;
 mod command;
+mod copying;
 mod count;
 mod goals;
 mod inquiry;
