@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use torpor_image::Bytes;
 use torpor_kernel::fds::{self, KcmpType};
@@ -85,7 +86,7 @@ impl Survey {
 pub(crate) struct Maps {
     pub(crate) all: Vec<(Pid, Vec<Mapping>)>,
     /// How long it took to read them.
-    pub(crate) took: std::time::Duration,
+    pub(crate) took: Duration,
     /// In which order descriptions were found.
     pub(crate) order: description::Order,
 }
@@ -94,6 +95,11 @@ pub(crate) struct Maps {
 /// go need not fit together.
 const LOOKS: u32 = 3;
 
+/// How long a watch over what is written may take to end, all in all, when its dump has.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Between two looks at whether it has.
+const PAUSE: Duration = Duration::from_millis(10);
+
 /// Looks at a tree that runs. Gives the memory maps of its processes, too.
 pub(crate) fn survey(
     root: Pid,
@@ -101,13 +107,14 @@ pub(crate) fn survey(
     external_unix: &[ExternalUnix],
     watched: &HashSet<Pid>,
 ) -> Result<(Survey, Maps)> {
-    let (mut survey, mut maps) = look(root, policy, external_unix, watched)?;
+    let patience = Instant::now() + PATIENCE;
+    let (mut survey, mut maps) = look(root, policy, external_unix, watched, patience)?;
     for _ in 1..LOOKS {
         if survey.refusals.is_empty() || survey.processes.len() == 1 {
             break;
         }
         let before = std::mem::take(&mut survey.refusals);
-        (survey, maps) = look(root, policy, external_unix, watched)?;
+        (survey, maps) = look(root, policy, external_unix, watched, patience)?;
         survey.refusals.retain(|r| before.contains(r));
     }
     Ok((survey, maps))
@@ -115,7 +122,7 @@ pub(crate) fn survey(
 
 /// How long a thread may wait for a vfork child before a dump is not even tried: such a thread can be attached to but
 /// not stopped, nor let go again before its child has gone on.
-const VFORK: std::time::Duration = std::time::Duration::from_millis(500);
+const VFORK: Duration = Duration::from_millis(500);
 
 /// Threads that wait for a vfork child, and go on waiting.
 fn vforks(found: &Members) -> Vec<Refusal> {
@@ -127,9 +134,9 @@ fn vforks(found: &Members) -> Vec<Refusal> {
     let parents =
         || found.living.iter().filter(|(pid, _)| process::children(*pid).is_ok_and(|c| !c.is_empty()));
     let mut all: Vec<(Pid, Tid)> = parents().flat_map(|(pid, _)| waiting(*pid)).collect();
-    let begin = std::time::Instant::now();
+    let begin = Instant::now();
     while !all.is_empty() && begin.elapsed() < VFORK {
-        std::thread::sleep(std::time::Duration::from_millis(5));
+        std::thread::sleep(Duration::from_millis(5));
         all.retain(|(pid, tid)| freeze::waits_for_vfork(*pid, *tid));
     }
     all.into_iter().map(|(pid, tid)| freeze::vfork(pid, tid)).collect()
@@ -140,6 +147,7 @@ fn look(
     policy: tcp::TcpPolicy,
     external_unix: &[ExternalUnix],
     watched: &HashSet<Pid>,
+    patience: Instant,
 ) -> Result<(Survey, Maps)> {
     let mut found = members(root)?;
     let vforks = vforks(&found);
@@ -171,20 +179,26 @@ fn look(
         Err(e) if has_ended(collector.pid) && collector.pid != root => {
             // Once more without the one that has ended meanwhile.
             let _gone = e;
-            return look(root, policy, external_unix, watched);
+            return look(root, policy, external_unix, watched, patience);
         }
         Err(e) => return Err(e),
     };
     tcp::finish(&mut collector)?;
     let (mut processes, mut maps) = (Vec::new(), Vec::new());
-    let begin = std::time::Instant::now();
-    // Those of the tree itself stay.
-    let served = links.iter().flatten().any(|link| link == b"anon_inode:[userfaultfd]");
-    let areas = workers::each(&found.living, |(pid, _)| match served || watched.contains(pid) {
-        true => vma::read(living(*pid)),
-        false => vma::read_running(*pid),
-    });
+    let begin = Instant::now();
+    let mut areas = workers::each(&found.living, |(pid, _)| vma::read(living(*pid)));
     let took = begin.elapsed();
+    // A watch by the tree itself stays.
+    if !links.iter().flatten().any(|link| link == b"anon_inode:[userfaultfd]") {
+        for ((pid, _), area) in
+            found.living.iter().zip(&mut areas).filter(|((pid, _), _)| !watched.contains(pid))
+        {
+            while area.as_ref().is_ok_and(|maps| vma::watch_ends(*pid, maps)) && Instant::now() < patience {
+                std::thread::sleep(PAUSE);
+                *area = vma::read(living(*pid));
+            }
+        }
+    }
     for (i, ((pid, status), area)) in found.living.iter().zip(areas).enumerate() {
         collector.turn_to(living(*pid));
         let (before, lost) = (collector.refusals.len(), collector.losses.len());

@@ -23,6 +23,7 @@ pub(crate) mod soft;
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use torpor_image::Image;
 use torpor_image::description::{Kind, Objects};
 use torpor_image::extent::{Record, Where};
@@ -33,10 +34,11 @@ use torpor_kernel::write_watch::{self, WriteWatch};
 use torpor_kernel::{abi, soft_dirty, stat};
 use torpor_parasite::script::{Script, Value};
 
+use self::keeper::Claim;
 use self::runs::Covered;
 use self::soft::Soft;
 use crate::dump::{Destination, Options, Target};
-use crate::error::{Error, Result};
+use crate::error::{Error, Refusal, Result};
 use crate::freeze::{Frozen, FrozenTree};
 use crate::gadget::Gadgets;
 use crate::inject::{self, Entry, Visit};
@@ -73,6 +75,8 @@ struct Tracker {
     /// When the process started, which tells it from another of the same pid.
     started: u64,
     by: By,
+    /// Nobody else follows it meanwhile.
+    claim: Claim,
 }
 
 /// By what its writes are followed.
@@ -81,6 +85,9 @@ enum By {
     WriteProtection(WriteWatch),
     SoftDirty(Soft),
 }
+
+/// When processes started, and the right to follow them.
+type Claims = HashMap<Pid, (u64, Claim)>;
 
 impl Tracking {
     /// The watches that an earlier dump has left over a tree; none, if none did.
@@ -148,34 +155,55 @@ impl Tracking {
         };
         self.trackers.retain(|pid, tracker| known(*pid, tracker));
         self.stood = Duration::ZERO;
+        let mut claims = self.claim(target)?;
         // Without such a thing there is nothing to stop for.
         if WriteWatch::of_this_process().is_err() {
             if soft_dirty::available().is_ok() {
-                self.begin_soft(target);
+                self.begin_soft(claims);
             }
             return Ok(());
         }
         // Probed while nothing stands yet.
         write_watch::holes_show();
-        if target.survey().processes.iter().all(|p| self.watches(p.pid)) {
+        if claims.is_empty() {
             return Ok(());
         }
         let restarts = Restarts::look(target.survey().processes.iter().map(|p| p.pid));
         let (mut stopped, gadgets) = target.stop()?;
-        let made = self.enter(&mut stopped, &gadgets, &restarts);
+        let made = self.enter(&mut stopped, &gadgets, &restarts, &mut claims);
         self.stood = stopped.since.elapsed();
         stopped.release();
         made
     }
 
-    /// Follows every process by its soft-dirty bits: nothing is done before the tree stands.
-    fn begin_soft(&mut self, target: &Target) {
-        for process in &target.survey().processes {
-            if self.soft(process.pid).is_none() {
-                let Ok(stat) = stat::of_process(process.pid) else { continue };
-                let by = By::SoftDirty(Soft::default());
-                self.trackers.insert(process.pid, Tracker { started: stat.starttime, by });
+    /// Claims every process that is not watched yet. One that somebody else follows is refused: what he is told would be
+    /// forgotten for us, and the other way round.
+    fn claim(&self, target: &Target) -> Result<Claims> {
+        let mut claims = Claims::new();
+        for process in target.survey().processes.iter().filter(|p| !self.watches(p.pid)) {
+            let Ok(stat) = stat::of_process(process.pid) else { continue };
+            match Claim::soon(process.pid, stat.starttime) {
+                Ok(claim) => drop(claims.insert(process.pid, (stat.starttime, claim))),
+                Err(Errno::EADDRINUSE) => {
+                    let refusal = Refusal {
+                        object: format!("what process {} writes", process.pid),
+                        why: "it is followed already, by a dump that goes on (--every) or of another user"
+                            .into(),
+                        remedy: "end that, or dump without --track and --parent".into(),
+                    };
+                    return Err(Error::Refused { pid: target.survey().root().pid, refusals: vec![refusal] });
+                }
+                // It goes without.
+                Err(_) => {}
             }
+        }
+        Ok(claims)
+    }
+
+    /// Follows every process by its soft-dirty bits: nothing is done before the tree stands.
+    fn begin_soft(&mut self, claims: Claims) {
+        for (pid, (started, claim)) in claims {
+            self.trackers.insert(pid, Tracker { started, by: By::SoftDirty(Soft::default()), claim });
         }
     }
 
@@ -185,6 +213,7 @@ impl Tracking {
         stopped: &mut FrozenTree,
         gadgets: &HashMap<Pid, Gadgets>,
         restarts: &Restarts,
+        claims: &mut Claims,
     ) -> Result<()> {
         let shares = sharing::collect(&stopped.processes)?;
         let own: Vec<bool> = stopped
@@ -204,14 +233,22 @@ impl Tracking {
             let Some(gadgets) = gadgets.get(&process.pid()) else { continue };
             let started = stat::of_process(process.pid());
             let started = started.map_err(Error::kernel(process.pid(), "reading its stat"))?.starttime;
-            visited.push((process.pid(), started));
+            let claim = match claims.remove(&process.pid()) {
+                Some((of, claim)) if of == started => claim,
+                // It has just begun.
+                _ => match Claim::of(process.pid(), started) {
+                    Ok(claim) => claim,
+                    Err(_) => continue,
+                },
+            };
+            visited.push((process.pid(), started, claim));
             visits.push(way.visit(process, *gadgets));
         }
-        for ((pid, started), lent) in visited.into_iter().zip(inject::prepare(visits)?.borrow()) {
+        for ((pid, started, claim), lent) in visited.into_iter().zip(inject::prepare(visits)?.borrow()) {
             match lent {
                 Ok(Some(fd)) => {
                     if let Ok(watch) = WriteWatch::begin(fd) {
-                        self.trackers.insert(pid, Tracker { started, by: By::WriteProtection(watch) });
+                        self.trackers.insert(pid, Tracker { started, by: By::WriteProtection(watch), claim });
                     }
                 }
                 // It may have no descriptors left, or the kernel no such thing: it goes without.

@@ -4,7 +4,6 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
 
 use torpor_image::extent::Extents;
 use torpor_image::inode::Source;
@@ -15,7 +14,6 @@ use torpor_kernel::maps::{Kind, Mapping, VmFlags};
 
 use crate::collect::{Collector, Content, stat_path};
 use crate::error::{Error, Result};
-use crate::survey;
 use crate::track::keeper;
 
 /// `MADV_*` by the word that smaps shows (fs/proc/task_mmu.c, `show_smap_vma_flags`).
@@ -48,9 +46,6 @@ const REFUSED: [(&str, &str); 10] = [
     ("sl", "sealed memory (mseal)"),
     ("dp", "droppable memory"),
 ];
-
-/// How long a watch may take to end when its dump has.
-const ENDING: Duration = Duration::from_secs(1);
 
 /// What the flags of an area say.
 struct Told {
@@ -333,16 +328,8 @@ pub(crate) fn read(pid: Pid) -> Result<Vec<Mapping>> {
     torpor_kernel::maps::smaps(pid).map_err(Error::kernel(pid, "reading its memory map"))
 }
 
-/// The same of a process that runs. Where areas are watched and nobody says that he does it, a dump has just been
-/// killed or has given the watch away, and the kernel is about to take it from the areas: that is waited for.
-pub(crate) fn read_running(pid: Pid) -> Result<Vec<Mapping>> {
-    let begin = Instant::now();
-    loop {
-        let maps = read(survey::living(pid))?;
-        let watched = maps.iter().any(|m| m.flags.has("uw"));
-        if !watched || keeper::holds(pid) || begin.elapsed() > ENDING {
-            return Ok(maps);
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
+/// Whether areas of a process are watched and nobody says that he does it: a dump has just been killed or has given the
+/// watch away, and the kernel is about to take it from the areas.
+pub(crate) fn watch_ends(pid: Pid, maps: &[Mapping]) -> bool {
+    maps.iter().any(|m| m.flags.has("uw")) && !keeper::holds(pid)
 }

@@ -6,11 +6,13 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use libtest_mimic::Trial;
+use torpor_kernel::probe;
 use torpor_tests::{Outcome, Victim, ensure, run_torpor, torpor_command};
 
-use crate::soft_dirty;
 use crate::track::{follow, path, restore};
 
+/// Exit code (docs/exit-codes.md).
+const REFUSED: i32 = 5;
 /// What a dump says that knows nothing of what was written.
 const ALL: &str = "everything counts as changed";
 
@@ -52,6 +54,29 @@ pub(crate) fn trials() -> Vec<Trial> {
                 restore(victim, &second)
             })
         }),
+        Trial::test("track: who follows a process already is not disturbed", || {
+            watched(|victim, first, keeper| {
+                let pid = victim.pid.to_string();
+                // One that gives nothing away.
+                signal(keeper, libc::SIGSTOP);
+                let refused = |options: &[&str], image: &Path| {
+                    let said =
+                        run_torpor(&[&["dump"], options, &[&pid, path(image)?]].concat())?.expect(REFUSED)?;
+                    ensure!(said.contains("it is followed already"), "it does not say why: {said}");
+                    ensure!(!image.exists(), "an image is left of a dump that was refused");
+                    Ok(())
+                };
+                let image = victim.image();
+                refused(&["--track"], &image)?;
+                refused(&["--leave-running", "--parent", path(first)?], &image)?;
+                victim.dump_with(&["--leave-running"])?;
+                signal(keeper, libc::SIGCONT);
+                victim.ticks(3)?;
+                let second = victim.dump_with(&["--parent", path(first)?])?;
+                victim.reap_all(&second)?;
+                restore(victim, &second)
+            })
+        }),
     ]
 }
 
@@ -59,8 +84,8 @@ pub(crate) fn trials() -> Vec<Trial> {
 fn watched(trial: fn(&mut Victim, &Path, i32) -> Outcome) -> Result<(), libtest_mimic::Failed> {
     let mut victim = Victim::start("written", &["8", "40"])?;
     let first = follow(&mut victim, None)?;
-    if soft_dirty::missing().is_none() {
-        eprintln!("skipped (a watch by soft-dirty bits has no end of its own)");
+    if !probe::one("userfaultfd WP_ASYNC").is_some_and(probe::State::is_present) {
+        eprintln!("skipped (this kernel has no asynchronous write protection)");
         return Ok(());
     }
     victim.ticks(2)?;

@@ -5,11 +5,15 @@
 //! name is made of the process's pid and start; it gives them away once, to the same user or root, and ends. It makes
 //! system calls only, as the guardian does, and stands in nobody's way when it is killed: then nothing is watched, and
 //! the next dump copies everything.
+//!
+//! The kernel tells what was written to whoever asks, and forgets it then, whosesoever the watch is. So one dump only may
+//! follow a process: the one that has the socket's name.
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, send,
     setsockopt, socket, sockopt,
@@ -22,9 +26,10 @@ use super::soft::Soft;
 use super::{By, Tracker, Tracking};
 use crate::error::{Error, Result};
 
-/// Questions.
-const HOLDS: u8 = b'h';
+/// The question.
 const TAKE: u8 = b't';
+/// Those who may wait for an answer at a time.
+const WAITING: i32 = 64;
 /// How long either side waits for the other.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Last word of a message, where the descriptor is no userfaultfd.
@@ -37,11 +42,36 @@ fn name(pid: Pid, started: u64) -> Vec<u8> {
     format!("torpor-track-{pid}-{started}").into_bytes()
 }
 
-/// Whether somebody keeps a watch over a process.
+/// The right to follow a process. Nobody else has it until this is dropped.
+#[derive(Debug)]
+pub(super) struct Claim(OwnedFd);
+
+impl Claim {
+    /// `EADDRINUSE`: somebody follows it.
+    pub(super) fn of(pid: Pid, started: u64) -> Result<Self, Errno> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+        bind(socket.as_raw_fd(), &UnixAddr::new_abstract(&name(pid, started))?)?;
+        listen(&socket, Backlog::new(WAITING)?)?;
+        Ok(Claim(socket))
+    }
+
+    /// The same, when who has it may be about to end.
+    pub(super) fn soon(pid: Pid, started: u64) -> Result<Self, Errno> {
+        for _ in 0..100 {
+            match Self::of(pid, started) {
+                Err(Errno::EADDRINUSE) => std::thread::sleep(Duration::from_millis(10)),
+                claim => return claim,
+            }
+        }
+        Err(Errno::EADDRINUSE)
+    }
+}
+
+/// Whether a dump of ours follows a process, or keeps a watch over it.
 pub(crate) fn holds(pid: Pid) -> bool {
-    let Some(socket) = ask(pid, HOLDS) else { return false };
-    let mut answer = [0u8; 1];
-    nix::sys::socket::recv(socket.as_raw_fd(), &mut answer, nix::sys::socket::MsgFlags::empty()) == Ok(1)
+    // Who follows a process for long answers nobody.
+    connected(pid).is_ok_and(|socket| socket.is_none_or(|socket| is_trusted(pid, &socket)))
 }
 
 /// Takes over all watches over a tree.
@@ -52,10 +82,12 @@ pub(super) fn take(pids: impl Iterator<Item = Pid>) -> Tracking {
             continue;
         }
         let Some(socket) = ask(pid, TAKE) else { continue };
-        let mut base = None;
-        while let Some((pid, tracker, of)) = receive(&socket) {
-            base = Some(of);
-            tracking.trackers.insert(pid, tracker);
+        let all: Vec<_> = std::iter::from_fn(|| receive(&socket)).collect();
+        let base = all.last().map(|kept| kept.base.clone());
+        for Given { pid, started, by, .. } in all {
+            if let Ok(claim) = Claim::soon(pid, started) {
+                tracking.trackers.insert(pid, Tracker { started, by, claim });
+            }
         }
         // Two trees that were dumped apart have no base in common.
         let first = tracking.base.is_none();
@@ -66,16 +98,8 @@ pub(super) fn take(pids: impl Iterator<Item = Pid>) -> Tracking {
 
 /// Asks whoever keeps a watch over a process.
 fn ask(pid: Pid, question: u8) -> Option<OwnedFd> {
-    let started = stat::of_process(pid).ok()?.starttime;
-    let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).ok()?;
-    connect(socket.as_raw_fd(), &UnixAddr::new_abstract(&name(pid, started)).ok()?).ok()?;
-    // Nobody else's word is taken for what has changed in a process.
-    let peer = getsockopt(&socket, sockopt::PeerCredentials).ok()?;
-    let owner = status::of_process(pid).ok()?.uids[1];
-    let own = nix::unistd::geteuid().as_raw();
-    if ![0, own, owner].contains(&peer.uid()) {
-        return None;
-    }
+    let socket = connected(pid).ok()?.filter(|socket| is_trusted(pid, socket))?;
+    fcntl(&socket, FcntlArg::F_SETFL(OFlag::empty())).ok()?;
     let patience =
         nix::sys::time::TimeVal::from(libc::timeval { tv_sec: PATIENCE.as_secs() as i64, tv_usec: 0 });
     setsockopt(&socket, sockopt::ReceiveTimeout, &patience).ok()?;
@@ -83,8 +107,35 @@ fn ask(pid: Pid, question: u8) -> Option<OwnedFd> {
     Some(socket)
 }
 
+/// A connection to whoever follows a process, which may be named by another thread of it; none if too many others wait for
+/// him.
+fn connected(pid: Pid) -> Result<Option<OwnedFd>, Errno> {
+    let pid = Pid(status::of_process(pid).map_err(|_gone| Errno::ESRCH)?.tgid);
+    let started = stat::of_process(pid).map_err(|_gone| Errno::ESRCH)?.starttime;
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+    match connect(socket.as_raw_fd(), &UnixAddr::new_abstract(&name(pid, started))?) {
+        Err(Errno::EAGAIN) => Ok(None),
+        done => done.map(|()| Some(socket)),
+    }
+}
+
+/// Nobody else's word is taken for what has changed in a process.
+fn is_trusted(pid: Pid, socket: &OwnedFd) -> bool {
+    let own = nix::unistd::geteuid().as_raw();
+    let owner = status::of_process(pid).map_or(own, |status| status.uids[1]);
+    getsockopt(socket, sockopt::PeerCredentials).is_ok_and(|peer| [0, own, owner].contains(&peer.uid()))
+}
+
 /// One watch: of which process, and since which image.
-fn receive(socket: &OwnedFd) -> Option<(Pid, Tracker, String)> {
+struct Given {
+    pid: Pid,
+    started: u64,
+    by: By,
+    base: String,
+}
+
+fn receive(socket: &OwnedFd) -> Option<Given> {
     use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
     let mut buffer = [0u8; LONGEST];
     let mut control = nix::cmsg_space!(std::os::fd::RawFd);
@@ -107,7 +158,7 @@ fn receive(socket: &OwnedFd) -> Option<(Pid, Tracker, String)> {
         Some(SOFT_DIRTY) => By::SoftDirty(Soft::taken_up(fd?)),
         _ => By::WriteProtection(WriteWatch::resumed(fd?)),
     };
-    Some((Pid(pid), Tracker { started, by }, base))
+    Some(Given { pid: Pid(pid), started, by, base })
 }
 
 /// What is kept of one process.
@@ -125,10 +176,6 @@ pub(super) fn start(tracking: Tracking) -> Result<()> {
     let mut all = Vec::new();
     for (pid, tracker) in trackers {
         let Ok(pidfd) = fds::pidfd_open(pid) else { continue };
-        let listener = listener(pid, tracker.started).map_err(|errno| {
-            let socket = "a socket for the watch over it";
-            Error::kernel(pid, socket)(torpor_kernel::Error::syscall("bind", "", errno))
-        })?;
         let (watch, more) = match tracker.by {
             By::WriteProtection(watch) => (watch.into(), String::new()),
             By::SoftDirty(soft) => match soft.put_away() {
@@ -138,7 +185,7 @@ pub(super) fn start(tracking: Tracking) -> Result<()> {
             },
         };
         let message = format!("{pid} {} {base}{more}", tracker.started).into_bytes();
-        all.push(Kept { listener, pidfd, watch, message });
+        all.push(Kept { listener: tracker.claim.0, pidfd, watch, message });
     }
     if all.is_empty() {
         return Ok(());
@@ -167,24 +214,6 @@ pub(super) fn start(tracking: Tracking) -> Result<()> {
     Ok(())
 }
 
-fn listener(pid: Pid, started: u64) -> Result<OwnedFd, Errno> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
-    let address = UnixAddr::new_abstract(&name(pid, started))?;
-    // One that has just given its watches away is about to end.
-    for _ in 0..100 {
-        match bind(socket.as_raw_fd(), &address) {
-            Err(Errno::EADDRINUSE) => std::thread::sleep(Duration::from_millis(10)),
-            bound => {
-                bound?;
-                listen(&socket, Backlog::new(8)?)?;
-                return Ok(socket);
-            }
-        }
-    }
-    Err(Errno::EADDRINUSE)
-}
-
 /// The life of the child.
 ///
 /// # Safety
@@ -208,7 +237,7 @@ unsafe fn serve(all: &[Kept], polled: &mut [libc::pollfd], keep: &[i32], own: u3
         }
         libc::syscall(libc::SYS_close_range, from, u32::MAX, 0);
         let mut left = all.len();
-        while left > 0 {
+        'given: while left > 0 {
             libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1);
             for i in 0..all.len() {
                 if polled[all.len() + i].revents != 0 {
@@ -216,8 +245,9 @@ unsafe fn serve(all: &[Kept], polled: &mut [libc::pollfd], keep: &[i32], own: u3
                     polled[all.len() + i].fd = -1;
                     left -= 1;
                 }
+                // What was given away is nobody else's: another dump of later would believe in it.
                 if polled[i].revents != 0 && answer(all, polled[i].fd, own) {
-                    left = 0;
+                    break 'given;
                 }
             }
         }
@@ -251,11 +281,15 @@ unsafe fn answer(all: &[Kept], listener: i32, own: u32) -> bool {
         let asked = libc::recv(fd, (&raw mut question).cast(), 1, 0) == 1;
         let allowed = peer.uid == 0 || peer.uid == own;
         let mut gave = false;
-        if asked && question == HOLDS {
-            libc::send(fd, (&raw const question).cast(), 1, libc::MSG_NOSIGNAL);
-        } else if asked && allowed && question == TAKE {
+        if asked && allowed && question == TAKE {
             // One that cannot be had any more by who asked is not lost by that.
             gave = all.iter().filter(|kept| pass(fd, kept)).count() > 0;
+        }
+        if gave {
+            // Who has asked follows them as soon as it hears nothing more.
+            for kept in all {
+                libc::close(kept.listener.as_raw_fd());
+            }
         }
         libc::close(fd);
         gave
