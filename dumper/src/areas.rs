@@ -23,7 +23,7 @@ use crate::{vma, workers};
 /// Reading all maps may take this long before it is worth being done twice.
 const SLOW: Duration = Duration::from_millis(2);
 /// Of so many areas, or so much memory, it can take long; else only the machine was busy.
-const SOME: usize = 500;
+const SEVERAL: usize = 500;
 const LARGE: u64 = 128 << 20;
 
 /// Areas of one process that take time whatever is in them: each costs the kernel 0.4 microseconds, or more.
@@ -31,7 +31,7 @@ pub(crate) const MANY: usize = 2000;
 
 /// Whether it is worth being done twice, if it took so long for so many areas and bytes.
 pub(crate) fn worth_it(took: Duration, areas: usize, bytes: u64) -> bool {
-    took >= SLOW && (areas >= SOME || bytes >= LARGE)
+    took >= SLOW && (areas >= SEVERAL || bytes >= LARGE)
 }
 
 /// Maps of running processes, by the threads they were read by.
@@ -80,7 +80,9 @@ fn private(maps: &[Mapping]) -> Runs {
     runs::tidy(maps.iter().filter(own).map(|m| (m.start, m.end)).collect())
 }
 
-/// Areas of a process that stands of which no page is another's as well. One that was swapped out may be.
+/// Areas of which no page is another's as well; one that was swapped out may be. This holds as long as the areas do, for a fork
+/// changes the count ([`torpor_kernel::mm_seq`]). Pages that the kernel finds to be the same (KSM) are not seen; to read
+/// one only costs the memory of a copy.
 pub(crate) fn unshared(maps: &[Mapping]) -> Runs {
     let own = maps.iter().filter(|m| !m.shared && m.shared_kb == 0 && m.swap_kb == 0);
     runs::tidy(own.map(|m| (m.start, m.end)).collect())

@@ -13,7 +13,8 @@
 //! # Ok(())
 //! # }
 //! ```
-//! There is no global state: two dumps may run at once in one process, each in a thread of its own.
+//! There is no global state: two dumps may run at once in one process, each in a thread of its own. Such a thread
+//! becomes one of a few that work for its dumps, for good: a program that uses rayon itself had better do so in others.
 
 mod address;
 mod anon;

@@ -12,6 +12,7 @@ mod known;
 mod live;
 mod reader;
 mod settled;
+mod share;
 mod store;
 
 use std::fs::File;
@@ -37,15 +38,13 @@ pub(crate) use self::content::copy_inodes;
 pub(crate) use self::known::Known;
 pub(crate) use self::live::{Wanted, copy_live};
 use self::reader::Reader;
+pub(crate) use self::share::most_files;
+use self::share::{LONGEST, PIECES, SHARE, Shares, split, writers};
 pub(crate) use self::store::slice;
 
 /// Bytes copied at a time: fits into the second-level cache, so that the zero test and the checksum read
 /// what is there already.
 const CHUNK: u64 = 1 << 20;
-/// Memory worth another thread.
-const SHARE: u64 = 2 << 20;
-/// Shares of what is staged for each thread: none is as fast as another.
-const PIECES: u64 = 8;
 /// Addresses that one thread looks at at a time: a dense GiB takes 3 ms.
 pub(crate) const LOOK: u64 = 256 << 20;
 
@@ -140,18 +139,18 @@ pub(crate) fn copy(
     }
     let bytes: u64 = runs.iter().map(|r| r.end - r.start).sum();
     let writers = writers(bytes).min(files.len() as u64).max(1);
+    let share = bytes.div_ceil(writers * PIECES).next_multiple_of(PAGE).max(SHARE);
     if let Some(stage) = stage
         && let Some(first) = stage.take(bytes)
     {
-        let shares = split(&runs, bytes.div_ceil(writers * PIECES).next_multiple_of(PAGE).max(SHARE));
-        let staged = read_shares(spaces, &shares, &mut stage.bytes_mut()[first..], first)?;
+        let staged = read_shares(spaces, &split(&runs, share), &mut stage.bytes_mut()[first..], first)?;
         return Ok(Copied { pages: Pages::Staged(staged), spaces: rests });
     }
-    let shares = split(&runs, bytes.div_ceil(writers).next_multiple_of(PAGE));
+    let shares = Shares::new(split(&runs, share.min(LONGEST)));
     let mut pages = vec![Vec::new(); spaces.len()];
-    for copied in
-        workers::all(shares.iter().zip(files), |(share, file)| copy_runs(spaces, share, file, watch))
-    {
+    let files = files.iter_mut().take(writers as usize);
+    let copy = |file| copy_runs(spaces, &shares, file, watch).inspect_err(|_| shares.end());
+    for copied in workers::all(files, copy) {
         for (space, records) in copied? {
             pages[space].extend(records);
         }
@@ -174,10 +173,12 @@ fn find(number: usize, space: &Space<'_>, spaces: &[Space<'_>]) -> Result<(Vec<R
         };
         areas = settled::unsettled(&areas, &rest.known);
     }
-    let (mut runs, guards) = match space.ahead.and_then(|ahead| ahead.of(pid, &areas)) {
-        Some(found) => found,
-        None => contents(&scan, pid, &areas, space.vmas.len() >= MANY)?,
-    };
+    let ahead = space.ahead.and_then(|ahead| ahead.of(pid, &areas));
+    let many = ahead.is_none() && space.vmas.len() >= MANY;
+    let (pages, guards, areas) = ahead.unwrap_or_else(|| (Runs::new(), Runs::new(), areas));
+    let (more_pages, more_guards) = contents(&scan, pid, &areas, many)?;
+    let mut runs = runs::tidy([pages, more_pages].concat());
+    let guards = [guards, more_guards].concat();
     let guard = |(start, end): (u64, u64)| {
         let length = end - start;
         Record { address: start, length, place: Where::Guard, file: 0, offset: 0 }
@@ -264,7 +265,7 @@ pub(crate) fn shared_pages(pid: Pid, parent: Pid, runs: &[(u64, u64)]) -> Result
     Ok((shared, others))
 }
 
-/// Reads every share into its part of `room`, the first here and the others in threads of their own.
+/// Reads every share into its part of `room`, by several threads.
 fn read_shares(
     spaces: &[Space<'_>],
     shares: &[Vec<Run>],
@@ -397,22 +398,12 @@ fn write_staged(
     Ok(all)
 }
 
-/// Encodes what was put aside, every file in a thread of its own.
+/// Encodes what was put aside, several files at a time.
 pub(crate) fn catch_up(files: &mut [DataFile]) -> Result<()> {
     for caught_up in workers::all(files, DataFile::catch_up) {
         caught_up?;
     }
     Ok(())
-}
-
-/// How many writers `bytes` of memory are worth on this machine.
-fn writers(bytes: u64) -> u64 {
-    bytes.div_ceil(SHARE).clamp(1, workers::cpus() as u64)
-}
-
-/// How many data files to prepare: those not needed are dropped.
-pub(crate) fn most_files() -> u32 {
-    writers(u64::MAX) as u32
 }
 
 /// Private areas that lie side by side, as one.
@@ -443,37 +434,16 @@ fn parts(areas: &[(u64, u64)], look: u64) -> Runs {
     all
 }
 
-/// Splits runs into shares of about `size` bytes.
-fn split(runs: &[Run], size: u64) -> Vec<Vec<Run>> {
-    let mut shares = vec![Vec::new()];
-    let mut room = size;
-    for &run in runs {
-        let mut rest = run;
-        while rest.end - rest.start > room {
-            let middle = rest.start + room;
-            if room > 0 {
-                shares.last_mut().expect("never empty").push(Run { end: middle, ..rest });
-            }
-            shares.push(Vec::new());
-            rest.start = middle;
-            room = size;
-        }
-        room -= rest.end - rest.start;
-        shares.last_mut().expect("never empty").push(rest);
-    }
-    shares
-}
-
 fn copy_runs(
     spaces: &[Space<'_>],
-    runs: &[Run],
+    shares: &Shares,
     file: &mut DataFile,
     watch: &Watch<'_>,
 ) -> Result<Vec<(usize, Vec<Record>)>> {
     let mut readers = Readers::new(spaces);
     let mut all: Vec<(usize, Vec<Record>)> = Vec::new();
     let mut buffer = vec![0u8; CHUNK as usize];
-    for run in runs {
+    for run in std::iter::from_fn(|| shares.take()).flatten() {
         let reader = readers.of(run.space)?;
         if all.last().is_none_or(|(space, _)| *space != run.space) {
             all.push((run.space, Vec::new()));
@@ -490,21 +460,4 @@ fn copy_runs(
         }
     }
     Ok(all)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shares_cover_every_byte_once() {
-        let run = |start, end| Run { space: 0, start: start * PAGE, end: end * PAGE };
-        let runs = [run(0, 5), run(9, 10)];
-        for size in 1..8 {
-            let shares = split(&runs, size * PAGE);
-            let total: u64 = shares.iter().flatten().map(|r| r.end - r.start).sum();
-            assert_eq!(total, 6 * PAGE);
-            assert!(shares.iter().all(|s| s.iter().map(|r| r.end - r.start).sum::<u64>() <= size * PAGE));
-        }
-    }
 }

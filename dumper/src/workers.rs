@@ -3,13 +3,14 @@
 //!
 //! A thread that is made while a tree stands comes too late: it waits behind the one that has made it until a processor
 //! that has nothing to do takes it over, milliseconds later. So threads are made once, before anything stands, and wait.
-//! The one that has them made is one of them, and works instead of waiting.
 
+use std::cell::{Cell, OnceCell};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use nix::sched::CpuSet;
+use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
 use rayon_core::{ThreadPool, ThreadPoolBuilder};
 
 /// Threads beyond this wait for each other in the kernel.
@@ -53,34 +54,24 @@ pub(crate) fn parts<T: Sync, R: Send, E: Send>(
     Ok(results)
 }
 
-/// `work` for every item, each by whatever thread is free, the first by this one. The results have the order of the items.
+/// `work` for every item, by as many threads as there are. The results have the order of the items.
 pub(crate) fn all<T: Send, R: Send>(
     items: impl IntoIterator<Item = T>,
     work: impl Fn(T) -> R + Sync,
 ) -> Vec<R> {
-    let items: Vec<T> = items.into_iter().collect();
-    let pool = if items.len() > 1 { pool() } else { None };
-    let Some(pool) = pool else { return items.into_iter().map(work).collect() };
-    let mut results: Vec<Option<R>> = items.iter().map(|_| None).collect();
-    let work = &work;
-    pool.in_place_scope(|scope| {
-        let mut places = results.iter_mut().zip(items);
-        let first = places.next();
-        for (result, item) in places {
-            scope.spawn(move |_| *result = Some(work(item)));
-        }
-        if let Some((result, item)) = first {
-            *result = Some(work(item));
-        }
-    });
-    results.into_iter().flatten().collect()
+    let items: Vec<Mutex<Option<T>>> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
+    // Each is taken once.
+    let take = |item: &Mutex<Option<T>>| item.lock().unwrap_or_else(PoisonError::into_inner).take();
+    by(items.len(), &items, |item| take(item).map(&work)).into_iter().flatten().collect()
 }
 
-/// `other` in another thread, if there is one, and `own` in this one.
+/// `other` by another thread, if there is one, and `own` by this one.
 pub(crate) fn both<A, B: Send>(own: impl FnOnce() -> A, other: impl FnOnce() -> B + Send) -> (A, B) {
-    let Some(pool) = pool() else { return (own(), other()) };
+    if !others() {
+        return (own(), other());
+    }
     let mut result = None;
-    let a = pool.in_place_scope(|scope| {
+    let a = rayon_core::in_place_scope(|scope| {
         scope.spawn(|_| result = Some(other()));
         own()
     });
@@ -89,23 +80,21 @@ pub(crate) fn both<A, B: Send>(own: impl FnOnce() -> A, other: impl FnOnce() -> 
 
 fn by<T: Sync, R: Send>(threads: usize, items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
     let threads = threads.min(cpus());
-    let pool = if threads > 1 { pool() } else { None };
-    let Some(pool) = pool else { return items.iter().map(work).collect() };
+    if threads <= 1 || !others() {
+        return items.iter().map(work).collect();
+    }
     let next = AtomicUsize::new(0);
-    let some = || {
-        let mut done = Vec::with_capacity(items.len() / threads + 1);
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            let Some(item) = items.get(i) else { return done };
-            done.push((i, work(item)));
-        }
-    };
     let done = Mutex::new(Vec::with_capacity(items.len()));
     let take = || {
-        let some = some();
+        let mut some = Vec::with_capacity(items.len() / threads + 1);
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(i) else { break };
+            some.push((i, work(item)));
+        }
         done.lock().unwrap_or_else(PoisonError::into_inner).extend(some);
     };
-    pool.in_place_scope(|scope| {
+    rayon_core::in_place_scope(|scope| {
         (1..threads).for_each(|_| scope.spawn(|_| take()));
         take();
     });
@@ -114,22 +103,56 @@ fn by<T: Sync, R: Send>(threads: usize, items: &[T], work: impl Fn(&T) -> R + Sy
     all.into_iter().map(|(_, result)| result).collect()
 }
 
-/// Makes the threads, for what begins later to find them.
-pub(crate) fn prepare() {
-    pool();
+thread_local! {
+    /// The threads that work for this one, which dumps a tree: another tree does not wait for what they do.
+    static POOL: OnceCell<Option<ThreadPool>> = const { OnceCell::new() };
+    /// Whether this is one of those.
+    static WORKS: Cell<bool> = const { Cell::new(false) };
 }
 
-/// As many threads as there are processors, the one that asks first among them; none where there is one processor only, or
-/// no threads are to be had.
-fn pool() -> Option<&'static ThreadPool> {
-    static POOL: OnceLock<Option<ThreadPool>> = OnceLock::new();
-    let make = || {
-        let here = nix::sched::sched_getcpu().unwrap_or(0);
-        let pool = ThreadPoolBuilder::new().num_threads(cpus()).use_current_thread();
-        let pool = pool.thread_name(|_| "torpor-worker".to_owned()).start_handler(move |i| spread(here + i));
-        (cpus() > 1).then(|| pool.build().ok()).flatten()
-    };
-    POOL.get_or_init(make).as_ref()
+/// Makes the threads that work for this one, for what begins later to find them.
+pub(crate) fn prepare() {
+    others();
+}
+
+/// Whether there are threads that work with this one.
+fn others() -> bool {
+    WORKS.get() || POOL.with(|pool| pool.get_or_init(make).is_some())
+}
+
+/// As many threads as there are processors, this one among them: it does what others have not begun while it waits for them.
+/// None with one processor only, where none are to be had, and for a thread of somebody else's pool.
+fn make() -> Option<ThreadPool> {
+    if cpus() == 1 || rayon_core::current_thread_index().is_some() {
+        return None;
+    }
+    let here = nix::sched::sched_getcpu().unwrap_or(0);
+    let pool = ThreadPoolBuilder::new().num_threads(cpus()).use_current_thread();
+    let pool = pool.thread_name(|_| "torpor-worker".to_owned()).start_handler(move |i| start(here, i));
+    // Signals are for those who wait for them.
+    let mut before = SigSet::empty();
+    let blocked = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before));
+    let pool = pool.build().ok();
+    if blocked.is_ok() {
+        let _as_before = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None);
+    }
+    WORKS.set(pool.is_some());
+    pool
+}
+
+/// Begins the life of a thread but the first, which has made them all. Later it is woken where it ran before: every one on a
+/// processor of its own.
+fn start(here: usize, number: usize) {
+    WORKS.set(true);
+    let own = nix::unistd::Pid::from_raw(0);
+    let Ok(allowed) = nix::sched::sched_getaffinity(own) else { return };
+    let all: Vec<usize> = (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu) == Ok(true)).collect();
+    let first = all.iter().position(|cpu| *cpu == here).unwrap_or(0);
+    let mut one = CpuSet::new();
+    let there = all.get((first + number) % all.len().max(1)).is_some_and(|cpu| one.set(*cpu).is_ok());
+    if there && nix::sched::sched_setaffinity(own, &one).is_ok() {
+        let _as_before = nix::sched::sched_setaffinity(own, &allowed);
+    }
 }
 
 /// Processors that we may use; beyond some there is no use.
@@ -137,20 +160,6 @@ pub(crate) fn cpus() -> usize {
     // Control groups are asked about in files.
     static CPUS: OnceLock<usize> = OnceLock::new();
     *CPUS.get_or_init(|| std::thread::available_parallelism().map_or(1, |n| n.get().min(MOST)))
-}
-
-/// Begins the life of a thread. Later it is woken where it ran before: every one on a processor of its own.
-fn spread(number: usize) {
-    // Signals are for those who wait for them.
-    let _none = nix::sys::signal::SigSet::all().thread_block();
-    let own = nix::unistd::Pid::from_raw(0);
-    let Ok(allowed) = nix::sched::sched_getaffinity(own) else { return };
-    let all: Vec<usize> = (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu) == Ok(true)).collect();
-    let mut one = CpuSet::new();
-    let there = all.get(number % all.len().max(1)).is_some_and(|cpu| one.set(*cpu).is_ok());
-    if there && nix::sched::sched_setaffinity(own, &one).is_ok() {
-        let _as_before = nix::sched::sched_setaffinity(own, &allowed);
-    }
 }
 
 #[cfg(test)]

@@ -35,11 +35,11 @@ impl Ahead {
         Ahead(all.iter().filter_map(look).collect())
     }
 
-    /// Pages and guards within areas of a process; nothing if it was not looked at all of them.
-    pub(super) fn of(&self, pid: Pid, areas: &[(u64, u64)]) -> Option<(Runs, Runs)> {
+    /// Pages and guards within areas of a process, and those of the areas that it was not looked at.
+    pub(super) fn of(&self, pid: Pid, areas: &[(u64, u64)]) -> Option<(Runs, Runs, Runs)> {
         let found = self.0.get(&pid)?;
-        let all = runs::without(areas, &found.areas).is_empty();
-        all.then(|| (runs::both(&found.pages, areas), runs::both(&found.guards, areas)))
+        let within = |runs: &Runs| runs::both(runs, areas);
+        Some((within(&found.pages), within(&found.guards), runs::without(areas, &found.areas)))
     }
 }
 
@@ -52,8 +52,11 @@ mod tests {
         let found =
             Found { areas: vec![(0, 8), (10, 20)], pages: vec![(1, 3), (12, 20)], guards: vec![(5, 6)] };
         let ahead = Ahead(HashMap::from([(Pid(7), found)]));
-        assert_eq!(ahead.of(Pid(7), &[(2, 6), (10, 14)]), Some((vec![(2, 3), (12, 14)], vec![(5, 6)])));
-        assert_eq!(ahead.of(Pid(7), &[(2, 9)]), None);
+        assert_eq!(
+            ahead.of(Pid(7), &[(2, 6), (10, 14)]),
+            Some((vec![(2, 3), (12, 14)], vec![(5, 6)], vec![]))
+        );
+        assert_eq!(ahead.of(Pid(7), &[(2, 9)]), Some((vec![(2, 3)], vec![(5, 6)], vec![(8, 9)])));
         assert_eq!(ahead.of(Pid(8), &[(2, 6)]), None);
     }
 }

@@ -71,7 +71,7 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// Whether every page of a range of those that are there is of this process alone.
+    /// Whether every page of a range is of this process alone, and there. Only ranges of pages that are there are asked about.
     fn own(&self, address: u64, length: usize) -> bool {
         let next = self.unshared.partition_point(|(start, _)| *start <= address);
         if self.unshared[..next].last().is_some_and(|(_, end)| *end >= address + length as u64) {
