@@ -83,6 +83,13 @@ const BOUNDS: &[Mechanism] = &[
         small::restore,
     ),
     (
+        "PTRACE_SEIZE, INTERRUPT, wait, of 10 threads that spin",
+        ("10 spinning threads", "freezing"),
+        "",
+        64,
+        inquiry::spinning,
+    ),
+    (
         "PTRACE_SEIZE, INTERRUPT, wait, two register sets, DETACH, of 1,000 threads",
         ("1,000 sleeping threads", "freezing + frozen"),
         "",

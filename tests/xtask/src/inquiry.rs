@@ -30,24 +30,52 @@ pub(crate) fn on(
     samples
 }
 
-/// All are seized, then all interrupted, then all waited for; two sets of registers of each are read, and all let go.
+fn tids(pid: i32) -> anyhow::Result<Vec<i32>> {
+    let entries = fs::read_dir(format!("/proc/{pid}/task"))?.flatten();
+    Ok(entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect())
+}
+
+/// All are seized, then all interrupted, then all waited for.
+fn stop(tids: &[i32]) -> anyhow::Result<()> {
+    // SAFETY: requests with numbers.
+    unsafe {
+        for tid in tids {
+            ensure!(libc::ptrace(libc::PTRACE_SEIZE, *tid, 0, 0) == 0, "PTRACE_SEIZE has failed");
+        }
+        for tid in tids {
+            libc::ptrace(libc::PTRACE_INTERRUPT, *tid, 0, 0);
+        }
+        for tid in tids {
+            libc::waitpid(*tid, std::ptr::null_mut(), libc::__WALL);
+        }
+    }
+    Ok(())
+}
+
+/// Threads that spin are stopped; letting them go is not timed.
+pub(crate) fn spinning(ground: &Ground<'_>) -> anyhow::Result<Vec<f64>> {
+    on(Kind::Spinning, 10, ground, |pid| {
+        let tids = tids(pid)?;
+        let begin = Instant::now();
+        stop(&tids)?;
+        let took = ms(begin.elapsed());
+        for tid in &tids {
+            // SAFETY: a request with numbers.
+            unsafe { libc::ptrace(libc::PTRACE_DETACH, *tid, 0, 0) };
+        }
+        Ok(took)
+    })
+}
+
+/// All are stopped; two sets of registers of each are read, and all let go.
 pub(crate) fn threads(ground: &Ground<'_>) -> anyhow::Result<Vec<f64>> {
     on(Kind::Sleeping, 1000, ground, |pid| {
-        let entries = fs::read_dir(format!("/proc/{pid}/task"))?.flatten();
-        let tids: Vec<i32> = entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
+        let tids = tids(pid)?;
         let mut registers = [0u8; 16 << 10];
         let begin = Instant::now();
+        stop(&tids)?;
         // SAFETY: requests with numbers, and with a place for as many bytes as is said.
         unsafe {
-            for tid in &tids {
-                ensure!(libc::ptrace(libc::PTRACE_SEIZE, *tid, 0, 0) == 0, "PTRACE_SEIZE has failed");
-            }
-            for tid in &tids {
-                libc::ptrace(libc::PTRACE_INTERRUPT, *tid, 0, 0);
-            }
-            for tid in &tids {
-                libc::waitpid(*tid, std::ptr::null_mut(), libc::__WALL);
-            }
             for tid in &tids {
                 for set in SETS {
                     let mut vector =
