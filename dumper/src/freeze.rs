@@ -37,6 +37,19 @@ const VFORKS: u32 = 9;
 /// How many times 100 microseconds a thread that does not stand gets to stop for its release.
 const STRAGGLER: u32 = 1000;
 
+/// How a stop is waited for: how often the processor is given to others before we sleep, and for how long we do at first.
+#[derive(Clone, Copy)]
+struct Pace {
+    yields: u32,
+    nap: Duration,
+}
+
+/// Threads that run beside ours, for us.
+const RUNNING: Pace = Pace { yields: 32, nap: Duration::from_micros(20) };
+/// Threads that are to stop. With the priority that we have then those that share our processor do not run while we do, and
+/// a shorter sleep is over before any of them has been switched to and stands.
+const STOPPING: Pace = Pace { yields: 2, nap: Duration::from_micros(50) };
+
 /// A tree whose threads all stand. Dropped, it goes on as before.
 #[derive(Debug)]
 pub(crate) struct FrozenTree {
@@ -311,11 +324,11 @@ impl Frozen {
     /// Waits for the stop of a thread that was interrupted; true when it waits for a vfork child instead.
     fn stand(&mut self, tid: Tid, deadline: Instant) -> Result<bool> {
         let suspicion = Instant::now() + SUSPICION;
-        let stop = match self.wait_until(tid, suspicion.min(deadline)) {
+        let stop = match self.wait_until(tid, suspicion.min(deadline), STOPPING) {
             Err(Error::Timeout { .. }) if waits_for_vfork(self.pid, tid) => return Ok(true),
             // A first thread that has ended is not reported until all others have.
             Err(Error::Timeout { state: 'Z', .. }) => None,
-            Err(Error::Timeout { .. }) => self.wait_until(tid, deadline)?,
+            Err(Error::Timeout { .. }) => self.wait_until(tid, deadline, STOPPING)?,
             other => other?,
         };
         match stop {
@@ -341,7 +354,7 @@ impl Frozen {
     fn deliver_then_stop(&mut self, tid: Tid, mut signal: i32, deadline: Instant) -> Result<()> {
         loop {
             ptrace::cont(tid, signal).map_err(Error::kernel(self.pid, "delivering a signal"))?;
-            match self.wait_until(tid, deadline)? {
+            match self.wait_until(tid, deadline, STOPPING)? {
                 None => {
                     self.threads.retain(|t| t.tid != tid);
                     return Ok(());
@@ -358,7 +371,7 @@ impl Frozen {
     }
 
     /// Waits for a stop of `tid`; `None` when the thread has ended.
-    fn wait_until(&self, tid: Tid, deadline: Instant) -> Result<Option<Stop>> {
+    fn wait_until(&self, tid: Tid, deadline: Instant, pace: Pace) -> Result<Option<Stop>> {
         let mut rounds = 0u32;
         loop {
             match ptrace::try_wait(tid) {
@@ -370,10 +383,11 @@ impl Frozen {
                 Err(e) => return Err(Error::kernel(self.pid, "waiting for a thread to stop")(e)),
             }
             rounds += 1;
-            if rounds < 32 {
+            if rounds < pace.yields {
                 std::thread::yield_now();
             } else if Instant::now() < deadline {
-                std::thread::sleep(Duration::from_micros(10 * u64::from((rounds - 30).min(100))));
+                let longer = Duration::from_micros(10 * u64::from((rounds - pace.yields).min(100)));
+                std::thread::sleep(pace.nap.max(longer));
             } else {
                 let state = status::of_task(self.pid, tid).map_or('?', |s| s.state);
                 return Err(Error::Timeout { pid: self.pid, tid, seconds: PATIENCE.as_secs(), state });
@@ -383,7 +397,7 @@ impl Frozen {
 
     /// Waits for the next stop of a thread that runs for us; an error when the process has ended.
     pub(crate) fn wait(&self, tid: Tid) -> Result<Stop> {
-        match self.wait_until(tid, Instant::now() + PATIENCE)? {
+        match self.wait_until(tid, Instant::now() + PATIENCE, RUNNING)? {
             Some(stop) => Ok(stop),
             None => Err(self.died(&format!("thread {tid} ended"))),
         }
@@ -391,7 +405,7 @@ impl Frozen {
 
     /// Waits for the next stop of a task that was born for us; `None` when it has ended.
     pub(crate) fn wait_for_born(&self, tid: Tid) -> Result<Option<Stop>> {
-        self.wait_until(tid, Instant::now() + PATIENCE)
+        self.wait_until(tid, Instant::now() + PATIENCE, RUNNING)
     }
 
     /// The process.
