@@ -308,8 +308,8 @@ type Way<'a> = ((&'a Prepared, &'a Outside), &'a Gadgets);
 /// What the scripts of each process left, its copy if one was to be made, and what was copied meanwhile.
 type Entered<T> = (Vec<Vec<Outcome>>, Vec<Option<Snapshot>>, T);
 
-/// Enters all processes, each by its way, and copies memory meanwhile. What several processes share is entered by one
-/// after the other, and copied then; so is what has something written where it may be live.
+/// Enters all processes, each by its way, and copies memory meanwhile, where there are many to be entered. What several
+/// processes share is entered by one after the other, and copied then; so is what has something written where it may be live.
 ///
 /// Beside the visits a page may be copied only because nothing but the frames below a stack, written before, is changed
 /// by them in what is copied: had a page been found to be shared by two processes and then been written in one, the
@@ -359,7 +359,7 @@ fn enter_and_copy<T: Send>(
             .collect()
     };
     let ready = visits(stopped, ways, births, &turns, 0)?;
-    if last == 0 && !ready.borrows() {
+    if last == 0 && ready.takes_long() && !ready.borrows() {
         let (all, copied) = workers::both(|| ready.run_then(allow), copy);
         note(0, unpack(all?));
         return Ok((outcomes, snapshots, copied?));

@@ -395,14 +395,14 @@ impl Frozen {
 
     /// Ends the tree and waits until it is gone.
     pub fn kill(self) -> Result<()> {
-        let Frozen { hold, stopped, .. } = self;
+        let Frozen { hold, stopped, stage, .. } = self;
         if let Some(hold) = hold
             && let Err(e) = hold.end(stopped.root().pid(), || stopped.bind(true))
         {
             stopped.bind(false);
             return Err(e);
         }
-        stopped.kill()
+        stopped.kill(|| drop(stage))
     }
 
     /// Lets the tree go on.

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use torpor_kernel::ids::{Pid, Tid};
-use torpor_kernel::priority::RealTime;
+use torpor_kernel::priority::{Punctual, RealTime};
 use torpor_kernel::ptrace::{self, Stop};
 use torpor_kernel::task_struct::Told;
 use torpor_kernel::{process, status};
@@ -61,6 +61,8 @@ pub(crate) struct FrozenTree {
     pub(crate) freezing: Duration,
     /// When all stood.
     pub(crate) since: Instant,
+    /// What runs in it for us is waited for in short sleeps.
+    _punctual: Option<Punctual>,
 }
 
 /// A process whose threads all stand. Dropped, it goes on as before.
@@ -100,7 +102,9 @@ impl FrozenTree {
         let mut attempt = 0;
         loop {
             match Self::attempt(root, unasked)? {
-                Attempt::Stands(tree) => return Ok(tree),
+                Attempt::Stands(tree) => {
+                    return Ok(FrozenTree { _punctual: Some(Punctual::be()), ..tree });
+                }
                 Attempt::Vfork(..) if attempt < VFORKS => {
                     std::thread::sleep(Duration::from_millis(1 << attempt));
                     attempt += 1;
@@ -115,8 +119,13 @@ impl FrozenTree {
     fn attempt(root: Pid, unasked: &Unasked) -> Result<Attempt> {
         let _priority = RealTime::raise();
         let begin = Instant::now();
-        let mut tree =
-            FrozenTree { processes: Vec::new(), zombies: Vec::new(), freezing: Duration::ZERO, since: begin };
+        let mut tree = FrozenTree {
+            processes: Vec::new(),
+            zombies: Vec::new(),
+            freezing: Duration::ZERO,
+            since: begin,
+            _punctual: None,
+        };
         let mut known = HashSet::from([root]);
         let mut new = vec![root];
         while !new.is_empty() {
@@ -195,14 +204,16 @@ impl FrozenTree {
         }
     }
 
-    /// Ends every process and waits until nothing of them is left but what parents must collect.
-    pub(crate) fn kill(mut self) -> Result<()> {
+    /// Ends every process and waits until nothing of them is left but what parents must collect. `meanwhile` is done
+    /// while they end.
+    pub(crate) fn kill(mut self, meanwhile: impl FnOnce()) -> Result<()> {
         // From here on they end with us: were we killed between the signals, those without one would go on alone.
         self.bind(true);
         // All at once, before any end can be noticed by another.
         for process in &self.processes {
             process.signal(nix::sys::signal::Signal::SIGKILL, "ending it")?;
         }
+        meanwhile();
         // The last first: a parent that goes before its children hands them to somebody else to be collected,
         // either way.
         self.processes.iter_mut().rev().for_each(Frozen::wait_for_end);

@@ -100,6 +100,11 @@ fn trap(taken_signals: u64) -> Option<i32> {
     TRAPS.into_iter().find(|s| taken_signals & (1 << (s - 1)) == 0)
 }
 
+/// Visits of more threads than this take long enough for something else to be done beside them. Where it is done for
+/// fewer, a thread that is let go finds the processor where it ran taken by that, and ours by us, and waits for longer than
+/// the whole visit takes.
+const FEW: usize = 16;
+
 /// Processes that can be entered: their way back is written.
 pub(crate) struct Ready<'a>(Vec<Infected<'a>>);
 
@@ -131,6 +136,11 @@ impl Ready<'_> {
     /// Whether something is written in a process for the time of the visit where it may have live memory.
     pub(crate) fn borrows(&self) -> bool {
         self.0.iter().any(|i| i.was_zero.is_some())
+    }
+
+    /// Whether so many threads are visited that something else had better be done meanwhile.
+    pub(crate) fn takes_long(&self) -> bool {
+        self.0.iter().map(|i| i.threads.len()).sum::<usize>() > FEW
     }
 
     /// Runs the scripts of all visits, side by side, and gives what each left. Every process is afterwards as it was
