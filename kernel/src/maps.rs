@@ -9,7 +9,7 @@
 //!
 //! One pass over the bytes: a mapping in smaps is 25 lines, of which five matter.
 
-use crate::text::{device, hex, lines, number, unescape, with, words};
+use crate::text::{device, hex, lines, number, unescape, with, with_costly, words};
 use crate::{Error, Pid, Result};
 
 /// One mapping.
@@ -165,7 +165,7 @@ impl Mapping {
 /// The mappings with their flags and sizes. Costs the kernel a walk of the page tables.
 pub fn smaps(pid: Pid) -> Result<Vec<Mapping>> {
     let path = format!("/proc/{pid}/smaps");
-    with(&path, |text| parse(&path, text))?
+    with_costly(&path, |text| parse(&path, text))?
 }
 
 /// The mappings without flags and sizes; cheap.

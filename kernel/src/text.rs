@@ -16,6 +16,21 @@ use crate::{Error, Result};
 /// What most files fit in, and one record of any.
 const BUFFER: usize = 64 << 10;
 
+/// So little is asked for at a time where records are costly: the kernel stops adding records once it has as much, and a
+/// record of up to a KiB more has room in its page. One that has none is thrown away, and made again for the next read.
+const PIECE: usize = 3 << 10;
+
+/// How a file is read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// Until its end.
+    Whole,
+    /// Its one record.
+    Record,
+    /// Until its end, in pieces.
+    Pieces,
+}
+
 thread_local! {
     /// Memory that is there already: of a new buffer each page would be a fault.
     static TEXT: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER]);
@@ -29,38 +44,45 @@ pub(crate) fn read(path: &str) -> Result<Vec<u8>> {
 /// The whole of a file that is one record (fs/seq_file.c, `single_open`) or shorter than a page: it comes with the first
 /// read that has room for it.
 pub(crate) fn read_record(path: &str) -> Result<Vec<u8>> {
-    take(path, true, <[u8]>::to_vec)
+    take(path, How::Record, <[u8]>::to_vec)
 }
 
 /// What `look` says of the whole file.
 pub(crate) fn with<T>(path: &str, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
-    take(path, false, look)
+    take(path, How::Whole, look)
+}
+
+/// The same of a file whose records cost the kernel much: it makes each of them once.
+pub(crate) fn with_costly<T>(path: &str, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
+    take(path, How::Pieces, look)
 }
 
 /// The same of a file of one record that is open.
 pub(crate) fn with_record<T>(file: File, path: &str, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
-    take_open(file, path, true, look)
+    take_open(file, path, How::Record, look)
 }
 
-fn take<T>(path: &str, record: bool, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
+fn take<T>(path: &str, how: How, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
     let file = File::open(path).map_err(|error| Error::io("open", path, &error))?;
-    take_open(file, path, record, look)
+    take_open(file, path, how, look)
 }
 
-fn take_open<T>(mut file: File, path: &str, record: bool, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
+fn take_open<T>(mut file: File, path: &str, how: How, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
     TEXT.with_borrow_mut(|text| {
         let mut length = 0;
         loop {
             if text.len() - length < BUFFER / 2 {
                 text.resize(2 * text.len(), 0);
             }
-            match file.read(&mut text[length..]) {
+            let most = if how == How::Pieces { PIECE } else { text.len() };
+            let end = text.len().min(length + most);
+            match file.read(&mut text[length..end]) {
                 Ok(0) => break,
                 Ok(got) => length += got,
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 Err(error) => return Err(Error::io("read", path, &error)),
             }
-            if record && text.len() > length {
+            if how == How::Record && end > length {
                 break;
             }
         }

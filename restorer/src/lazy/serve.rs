@@ -36,6 +36,10 @@ const AROUND: u64 = 64 << 10;
 const STEP: u64 = 512 << 10;
 /// How long what cannot be read is tried again.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// At first the tree has the processors for itself, and whoever serves its faults: until it has needed nothing for so long, or
+/// for so long in all.
+const CALM: Duration = Duration::from_millis(5);
+const HEAD_START: Duration = Duration::from_millis(50);
 /// How long a tree that is recorded must need nothing until the rest is filled, and how long it is waited for at most.
 const SETTLED: Duration = Duration::from_secs(1);
 const RECORDED: Duration = Duration::from_secs(30);
@@ -183,13 +187,11 @@ impl Serving {
         Ok(())
     }
 
-    /// The tree runs: the rest is filled from now on.
+    /// The tree runs: the rest is filled soon. Nobody is woken for that: it would take our processor before we let go.
     pub(crate) fn go(&self) {
         let mut queue = lock(&self.shared.queue);
         queue.running = Some(Instant::now());
         queue.last_fault = queue.running;
-        drop(queue);
-        self.shared.work.notify_all();
     }
 
     /// Waits until all memory is there, or nobody needs it any more. What was needed first, in order, if that was
@@ -406,8 +408,9 @@ impl Shared {
             return false;
         }
         // It may not have had a processor yet.
-        let settled = queue.last_fault.unwrap_or(running).elapsed() > SETTLED;
-        !self.record || settled || running.elapsed() > RECORDED
+        let calm = queue.last_fault.unwrap_or(running).elapsed();
+        let (settled, most) = if self.record { (SETTLED, RECORDED) } else { (CALM, HEAD_START) };
+        calm > settled || running.elapsed() > most
     }
 
     /// What to fill next: of all address spaces in turn.
