@@ -36,7 +36,9 @@ pub(crate) fn measure(rounds: usize, torpor: &Tool, dir: &Path) -> anyhow::Resul
     let mut columns = names.map(|name| (name, Vec::new()));
     let mut failure = None;
     for _ in 0..rounds {
-        warm(5 << 30);
+        // What is filled until it is ended. Where the host has much to do with what was just given up, each system call takes a
+        // millisecond at times.
+        warm(512 << 20);
         let begin = now();
         let ran = run(Command::new(path).args(["restore", "--detach", "--lazy"]).arg(&image));
         let step = ran.and_then(|ran| Ok((step_after(begin, pid, gaps)?, ran)));
