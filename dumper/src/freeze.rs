@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use torpor_kernel::ids::{Pid, Tid};
-use torpor_kernel::priority::{Punctual, RealTime};
+use torpor_kernel::priority::RealTime;
 use torpor_kernel::ptrace::{self, Stop};
 use torpor_kernel::task_struct::Told;
 use torpor_kernel::{process, status};
@@ -61,8 +61,6 @@ pub(crate) struct FrozenTree {
     pub(crate) freezing: Duration,
     /// When all stood.
     pub(crate) since: Instant,
-    /// What runs in it for us is waited for in short sleeps.
-    _punctual: Option<Punctual>,
 }
 
 /// A process whose threads all stand. Dropped, it goes on as before.
@@ -102,9 +100,7 @@ impl FrozenTree {
         let mut attempt = 0;
         loop {
             match Self::attempt(root, unasked)? {
-                Attempt::Stands(tree) => {
-                    return Ok(FrozenTree { _punctual: Some(Punctual::be()), ..tree });
-                }
+                Attempt::Stands(tree) => return Ok(tree),
                 Attempt::Vfork(..) if attempt < VFORKS => {
                     std::thread::sleep(Duration::from_millis(1 << attempt));
                     attempt += 1;
@@ -119,13 +115,8 @@ impl FrozenTree {
     fn attempt(root: Pid, unasked: &Unasked) -> Result<Attempt> {
         let _priority = RealTime::raise();
         let begin = Instant::now();
-        let mut tree = FrozenTree {
-            processes: Vec::new(),
-            zombies: Vec::new(),
-            freezing: Duration::ZERO,
-            since: begin,
-            _punctual: None,
-        };
+        let mut tree =
+            FrozenTree { processes: Vec::new(), zombies: Vec::new(), freezing: Duration::ZERO, since: begin };
         let mut known = HashSet::from([root]);
         let mut new = vec![root];
         while !new.is_empty() {

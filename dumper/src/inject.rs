@@ -31,6 +31,7 @@ use infected::Infected;
 use torpor_kernel::ids::Tid;
 use torpor_kernel::maps::Mapping;
 use torpor_kernel::memory::Memory;
+use torpor_kernel::priority::Punctual;
 use torpor_kernel::ptrace;
 use torpor_parasite::script::{OpId, Outcome, Script, Value};
 use torpor_parasite::wire::TRAPS;
@@ -163,6 +164,8 @@ impl Ready<'_> {
     }
 
     fn visit(self, allow: impl FnOnce(&[&[Outcome]]) -> Result<()>) -> Vec<Result<Left>> {
+        // What runs for us is waited for in short sleeps.
+        let _punctual = Punctual::be();
         let mut all = self.0;
         let fine = |all: &[Infected<'_>]| all.iter().all(|i| i.failed.is_none());
         enter(&mut all);
